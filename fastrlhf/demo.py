@@ -112,7 +112,9 @@ def run_demo(config: DemoConfig, task: ToyTask | None = None) -> dict[str, Any]:
         "evaluation_seconds": time.perf_counter() - start,
         "reward_model": results["reward"].final if "reward" in results else {},
         "rlp": {name: results[name].final for name in stages if name.startswith("rlp")},
-        "methods": {name: _row(config, name, judged, seconds[name], _tokens(results[name])) for name in judged},
+        "methods": {
+            name: judged_row(config.seed, name, judged, seconds[name], _tokens(results[name])) for name in judged
+        },
     }
     if "grpo" in results:
         summary["methods"]["grpo"] = _sums_row(results["grpo"], seconds["grpo"])
@@ -321,14 +323,16 @@ def judge_stage(config: DemoConfig, task: ToyTask, out: Path, name: str) -> Judg
     )
 
 
-def _row(config: DemoConfig, name: str, judged: Mapping[str, Judged], seconds: float, tokens: int) -> dict[str, Any]:
+def judged_row(seed: int, name: str, judged: Mapping[str, Judged], seconds: float, tokens: int) -> dict[str, Any]:
+    """Returns the results of the method `name` for summary.json, with bootstrap intervals drawn with `seed`, and its
+    difference to SFT."""
     own = judged[name]
-    against = compare(own.gold, own.reference_gold, seed=config.seed)
+    against = compare(own.gold, own.reference_gold, seed=seed)
     row = {
         "win_rate": against.win_rate,
         "win_rate_ci": against.win_rate_ci,
         "gold_reward": float(own.gold.mean()),
-        "gold_reward_ci": bootstrap_interval(own.gold, seed=config.seed),
+        "gold_reward_ci": bootstrap_interval(own.gold, seed=seed),
         "rm_score": own.score,
         "kl": own.kl,
         "mean_length": own.mean_length,
@@ -336,7 +340,7 @@ def _row(config: DemoConfig, name: str, judged: Mapping[str, Judged], seconds: f
         "tokens": tokens,
     }
     if name != "sft":
-        row["minus_sft"], row["minus_sft_ci"] = paired_difference(own.gold, judged["sft"].gold, seed=config.seed)
+        row["minus_sft"], row["minus_sft_ci"] = paired_difference(own.gold, judged["sft"].gold, seed=seed)
     return row
 
 

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-PARTS = ("parity", "bf16", "speed")
+PARTS = ("parity", "bf16", "speed", "demo")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cache", type=Path, default=Path("runs/bench_real"), help="folder of the model, which the first run makes"
     )
+    parser.add_argument("--demo", type=Path, default=Path("runs/demo_real"), help="new folder of the part demo")
     parser.add_argument(
         "--out", type=Path, default=Path("bench/results"), help="folder of the files to which result rows are appended"
     )
@@ -46,4 +47,8 @@ def run_real(a: argparse.Namespace) -> str:
             from bench.real.speed import run_speed
 
             tables.append(run_speed(model, a.tasks, a.rounds, a.trl, a.out))
+        if part == "demo":
+            from bench.real.demo import run_demo
+
+            tables.append(run_demo(model, a.demo))
     return "\n\n".join(tables)
