@@ -326,7 +326,8 @@ def _doctor(arguments: Sequence[str]) -> None:
 
 @contextmanager
 def quiet_when_unread() -> Iterator[None]:
-    """Ends the program quietly when the reader of standard output has closed the pipe; further output is dropped.
+    """Context that ends the program without an error when the reader of standard output has closed the pipe; further
+    output is dropped.
 
     Any other broken pipe is raised unchanged. SIGPIPE keeps its handler, because a library's lost connection would
     otherwise end the run.

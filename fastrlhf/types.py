@@ -210,9 +210,9 @@ class PackedBatch:
     """
 
     token_ids: Tensor
-    """[T] int64"""
+    """[T] int64: ids of the tokens"""
     positions: Tensor
-    """[T] int64"""
+    """[T] int64: position of each token in its sequence"""
     rows: Tensor
     """[R] int64, indices into T"""
     targets: Tensor

@@ -25,7 +25,7 @@ class Episodes:
     """A batch of N episodes with W prompt tokens and G response tokens each."""
 
     tokens: Tensor
-    """[N, W + G] int64"""
+    """Token ids, [N, W + G] int64."""
     seen: Tensor
     """[N, W + G] bool, False on the padding to the left of a prompt."""
     given: Tensor

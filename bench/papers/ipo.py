@@ -74,7 +74,7 @@ class Curves:
     steps: Tensor
     """[P] int64: number of optimiser steps before each point; the first is 0."""
     probs: Tensor
-    """[P, seeds, taus, actions] float32"""
+    """Action probabilities at each point, [P, seeds, taus, actions] float32."""
 
     def tail(self) -> Tensor:
         """Returns the probabilities in the last sixth of the run (3,000 of 18,000 steps)."""

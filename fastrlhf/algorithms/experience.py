@@ -40,7 +40,7 @@ class Pack:
 
     batch: PackedBatch
     index: Tensor
-    """[R of the pack] int64"""
+    """[R of the pack] int64: index of each row of the pack in the flat Experience"""
     temperature: float | Tensor
     """Temperature of the log-probs: a number, or [R of the pack] float32"""
     kept: KeptTokens | None

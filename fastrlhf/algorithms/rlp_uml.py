@@ -46,7 +46,7 @@ CONTRAST_TEMPERATURE = 0.1
 
 
 class Gaussian(NamedTuple):
-    """A factorised normal distribution per row, float32."""
+    """A factorised normal distribution per row: mean and log of the standard deviation, [N, L] float32 each."""
 
     mean: Tensor
     """[N, L]"""

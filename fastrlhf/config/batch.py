@@ -39,8 +39,8 @@ class BatchKeys:
     """The items that a batch counts."""
 
     per_device_train_batch_size: int = 8
-    """Number of sequences, pairs or episodes per process. Times the number of processes, times
-    `gradient_accumulation_steps`, it is the batch of an optimiser step (on-policy: of an update)."""
+    """Number of sequences, pairs or episodes per process. The batch of an optimiser step (on-policy: of an update) is
+    this number times the number of processes times `gradient_accumulation_steps`."""
     train_batch_size: int = 0
     """Number of sequences, pairs or episodes per optimiser step (on-policy: per update) over all processes, in place of
     `per_device_train_batch_size` and `gradient_accumulation_steps`. 0: those two keys determine the batch."""

@@ -45,8 +45,8 @@ class EvalConfig(TruncationKeys, TrainConfig):
     rollout_batch_size: int = 64
     """Number of responses generated in one batch."""
     decode: Literal["eager", "cuda_graph"] = "eager"
-    """How a decode step runs, as in ppo. eager: its kernels are launched one by one. cuda_graph: the step is recorded
-    once as a CUDA graph and replayed. Not yet run on a GPU."""
+    """How a decode step runs, as in ppo. eager: the kernels of the step are launched one by one. cuda_graph: the step
+    is recorded once as a CUDA graph and replayed. Not yet run on a GPU."""
     num_eval_examples: int = 500
 
     def __post_init__(self) -> None:
@@ -71,7 +71,7 @@ CHAT_READS = (
 
 @dataclass(frozen=True, kw_only=True)
 class ChatConfig(TruncationKeys, TrainConfig):
-    """Talks with a model in the terminal: `fastrlhf chat MODEL [ADAPTER]`. MODEL and ADAPTER stand for
+    """Opens a chat with a model in the terminal: `fastrlhf chat MODEL [ADAPTER]`. MODEL and ADAPTER are
     `model_name_or_path` and `adapter`."""
 
     UNREAD: ClassVar[tuple[str, ...]] = tuple(
@@ -108,7 +108,7 @@ MERGE_READS = ("output_dir", "model_name_or_path", "trust_remote_code", "dtype",
 class MergeConfig(TrainConfig):
     """Merges adapters into their base model: `fastrlhf merge ADAPTER [ADAPTER ...] --output_dir FOLDER`.
 
-    `model_name_or_path` is needed only if the base model is no longer where the first adapter says.
+    `model_name_or_path` is needed only if the base model is no longer at the path that the first adapter names.
     """
 
     UNREAD: ClassVar[tuple[str, ...]] = tuple(
@@ -116,7 +116,7 @@ class MergeConfig(TrainConfig):
     )
 
     adapters: tuple[str, ...] = ()
-    """Folders of adapters over one base model, or of runs that trained one."""
+    """Folders of adapters over one base model, or of runs that trained such adapters."""
     adapter_weights: tuple[float, ...] = ()
     """Factor of each adapter's update. Empty: 1 for each."""
     dtype: Literal["float32", "bfloat16"] = "float32"

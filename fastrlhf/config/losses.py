@@ -53,7 +53,8 @@ class LossKeys:
     vf_coef: float = 0.1
     """Weight of the value loss."""
     head_learning_rate: float | None = None
-    """Peak learning rate of the critic's value head, which may be new. null: that of the critic."""
+    """Peak learning rate of the critic's value head, which may have new weights. null: the learning rate of the
+    critic."""
     value_learning_rate: float | None = None
     """Peak learning rate of the critic; null: `learning_rate`."""
     value_warmup_steps: int = 0
@@ -72,7 +73,7 @@ class LossKeys:
     per token of the other episodes is subtracted, and each token gets the sum of these differences from itself to the
     end of its episode."""
     scale_rewards: Literal["group", "batch", "none"] = "group"
-    """What the advantages of advantage_estimator grpo are divided by. group: the standard deviation of the returns of
+    """Divisor of the advantages of advantage_estimator grpo. group: the standard deviation of the returns of
     the group. batch: the standard deviation of the returns of all episodes of the batch. none: they are not divided
     (Dr. GRPO, arXiv 2503.20783)."""
     whiten_rewards: bool = False

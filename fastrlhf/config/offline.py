@@ -42,7 +42,7 @@ class RewardConfig(TrainConfig):
     learning_rate: float = 1e-4
     num_train_epochs: float = 1.0
     head_learning_rate: float | None = None
-    """Peak learning rate of the score head, which is new unless the run starts from a reward model. null:
+    """Peak learning rate of the score head, which has new weights unless the run starts from a reward model. null:
     `learning_rate`."""
     truncation_mode: Literal["keep_start", "keep_end", "drop"] = "drop"
     center_rewards_coefficient: float = 0.0

@@ -19,7 +19,7 @@ from fastrlhf.config.train import TrainConfig
 class PPOConfig(ResetKeys, PairKeys, LossKeys, SamplingKeys, RewardKeys, TrainConfig):
     """Trains a policy on its own samples: PPO with a critic, GRPO if `advantage_estimator` is grpo, DR-PO if
     `reset_prob` is above 0, RTO with a `dpo_model_path`, and combinations of them. `model_name_or_path` is the SFT
-    model; the policy starts from it, and it is the reference model."""
+    model, from which the policy starts and which is the reference model."""
 
     UNIT: ClassVar[str] = "episodes"
     BEST_METRIC: ClassVar[str] = "eval_objective/scores"
@@ -35,7 +35,7 @@ class PPOConfig(ResetKeys, PairKeys, LossKeys, SamplingKeys, RewardKeys, TrainCo
     that the authors of DR-PO released, in which sampling continues after the EOS, and KL, values and whitening include
     the reset tokens and the tokens after the EOS."""
     num_sample_generations: int = 10
-    """How many times per run samples are written to samples.jsonl; 0: never."""
+    """Number of times per run that samples are written to samples.jsonl; 0: never."""
 
     def __post_init__(self) -> None:
         TrainConfig.__post_init__(self)

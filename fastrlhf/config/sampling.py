@@ -10,7 +10,7 @@ from fastrlhf.config.checks import above_0, at_least, require
 
 @dataclass(frozen=True, kw_only=True)
 class TruncationKeys:
-    """Keys that restrict which tokens can be drawn."""
+    """Keys that restrict the tokens that can be drawn."""
 
     top_k: int = 0
     """Only this many of the most likely tokens can be drawn; 0: all. In training, top_k, top_p and min_p change the
@@ -54,9 +54,9 @@ class SamplingKeys(TruncationKeys):
     rollout_batch_size: int = 64
     """Number of episodes generated in one batch."""
     decode: Literal["eager", "cuda_graph"] = "eager"
-    """How the transformers engine runs a decode step. eager: its kernels are launched one by one. cuda_graph: the step
-    is recorded once as a CUDA graph and replayed, which gives the same samples with less launch overhead; a model that
-    cannot be recorded is refused. Not yet run on a GPU."""
+    """How the transformers engine runs a decode step. eager: the kernels of the step are launched one by one.
+    cuda_graph: the step is recorded once as a CUDA graph and replayed, which gives the same samples with less launch
+    overhead; a model that cannot be recorded is refused. Not yet run on a GPU."""
     engine: Literal["transformers", "vllm"] = "transformers"
     """Engine that generates the episodes. vllm: a vLLM engine in its own process (install fastrlhf[vllm]), which
     receives the weights of the policy before each batch; evaluation still uses transformers. Not yet run on a GPU."""

@@ -25,8 +25,8 @@ class WatchKeys:
     greater_is_better: bool | None = None
     """Whether a larger value of `metric_for_best_model` is better. null: true unless the name ends in loss."""
     early_stopping_patience: int = 0
-    """The run stops after this number of evaluations in a row without an improvement of `metric_for_best_model`. 0: no
-    early stopping."""
+    """The run stops after this number of successive evaluations without an improvement of `metric_for_best_model`. 0:
+    no early stopping."""
     early_stopping_threshold: float = 0.0
     """Smallest improvement that resets the count of `early_stopping_patience`."""
     callbacks: tuple[str, ...] = ()

@@ -1,9 +1,9 @@
-"""The embedded verifiable task: sums of two digits, made on the spot, with one right answer each.
+"""The embedded verifiable task: sums of two digits with one right answer each.
 
-    prompt      3 + 8 =
-    answer      11
+    prompt  3 + 8 =
+    answer  11
 
-Every sum is one token, so a policy that has never seen an answer finds the right one by chance once in a while
+Every sum is one token, so a policy that has never seen an answer sometimes finds the right answer by chance
 (1 draw in 24 at first), and reinforcement learning can start from random weights.
 """
 

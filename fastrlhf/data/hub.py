@@ -1,4 +1,4 @@
-"""Checks that the Hugging Face hub answers, because its client may otherwise wait for ever without a message."""
+"""Checks that the Hugging Face hub answers, because the hub's client may otherwise wait for ever without a message."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from huggingface_hub import constants
 
 def check_hub(source: str, what: str) -> None:
     """Raises ValueError if `source` is not a local path and the hub does not answer in time; the message begins with
-    `what`. Any answer is accepted. So is a refused connection, after which the hub's client raises an error or uses its
-    cache. The hub is asked once per process.
+    `what`. Any answer is accepted. A refused connection is accepted too, because the hub's client then raises an error
+    or uses its cache. The hub is asked once per process.
     """
     if not Path(source).expanduser().exists() and not constants.HF_HUB_OFFLINE and is_silent():
         raise ValueError(

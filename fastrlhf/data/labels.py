@@ -1,4 +1,4 @@
-"""Reads and checks the numbers of a row that say which response is better."""
+"""Reads and checks the labels of a row: numbers that say which response is better."""
 
 from __future__ import annotations
 

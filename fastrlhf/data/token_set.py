@@ -24,8 +24,7 @@ ARRAYS = ("tokens", "starts", "lengths", "rows", "places", "group_starts", "grou
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
-    """Arrays of N tokenised rows with T tokens. Arrays about groups or untrained tokens are empty if no row has
-    any."""
+    """Arrays of N tokenised rows with T tokens. Arrays about groups or untrained tokens are empty if no row has any."""
 
     tokens: np.ndarray
     """[T] int32, row after row; within a row, in the order of PIECES and then of its group"""
@@ -40,7 +39,7 @@ class Block:
     group_starts: np.ndarray
     """[N + 1] int64: group_lengths[group_starts[i] : group_starts[i + 1]] are the lengths of the group of row i"""
     group_lengths: np.ndarray
-    """[G] int32"""
+    """[G] int32: numbers of tokens of the responses of all groups"""
     run_starts: np.ndarray
     """[N + 1] int64: runs[run_starts[i] : run_starts[i + 1]] belong to row i"""
     runs: np.ndarray

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 Interval = tuple[float, float]
-"""(low, high)"""
+"""The bounds (low, high) of an interval."""
 
 _DRAWS_AT_ONCE = 1 << 22
 """Maximum number of row indices in memory at a time (32 MiB)."""
@@ -26,7 +26,7 @@ class Comparison:
     """Share of rows on which a beats b, in [0, 1]; a tie counts one half."""
     win_rate_ci: Interval
     mean_score: float
-    """Mean score of a; the mean score of b is this minus `mean_difference`."""
+    """Mean score of a. The mean score of b is this number minus `mean_difference`."""
     mean_difference: float
     """Mean of (a - b), in the units of the scores."""
     mean_difference_ci: Interval

@@ -223,7 +223,7 @@ def merge_adapter(model: PreTrainedModel) -> None:
 
 @torch.no_grad()
 def plain_weights(model: PreTrainedModel, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
-    """Yields (name, tensor) of the weights of the plain model with the adapter merged, one at a time.
+    """Yields (name, tensor) of the weights of the plain model with the merged adapter, one at a time.
 
     The sum is computed in float32 and returned in `dtype`, or in the dtype of the weight (for 4-bit weights, the dtype
     in which they were loaded).

@@ -96,7 +96,8 @@ def head_of(model: PreTrainedModel, *, gathered: bool = False, by_id: bool = Fal
     weight, bias = full(head.weight) if gathered else head.weight, getattr(head, "bias", None)
     if limit is None:
         return weight, bias
-    # With holes this copies the head. A bias of -inf would not exclude an id, because a soft cap makes it finite.
+    # If ids are missing, this copies the head. A bias of -inf would not exclude an id, because a soft cap makes it
+    # finite.
     rows = slice(limit.num) if by_id or limit.ids is None else limit.ids.to(weight.device)
     return weight[rows], None if bias is None else bias[rows]
 

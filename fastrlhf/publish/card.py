@@ -38,7 +38,7 @@ LAST = (
     *("loss", "accuracy", "margin", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected"),
     *("objective/scores", "objective/rewards", "objective/kl", "objective/entropy", "num_tokens"),
 )
-"""Training metrics of the last step that a card shows."""
+"""The metrics of the last training step that a card shows."""
 
 BESIDE = {
     "value_model": ("Critic", "critic", "critic_model_path"),
@@ -56,9 +56,10 @@ class Card:
     """Hub names, files and folders of the training rows; empty for rows given in Python."""
     num_train: int
     num_eval: int
-    """Number of evaluation rows after tokenisation; `num_train` is that of the training rows."""
+    """Number of evaluation rows after tokenisation; `num_train` is the number of training rows."""
     final: Mapping[str, float]
-    """Metrics of the last evaluation, or of the best one if the model has its weights; empty without held-out rows."""
+    """Metrics of the last evaluation, or of the best evaluation if the model has the weights of that step; empty
+    without held-out rows."""
     last: Mapping[str, float]
     """Metrics of the last step."""
     steps: int
@@ -269,8 +270,8 @@ def is_ours(card: Path) -> bool:
 
 
 def _license(known: Mapping[str, Any]) -> dict[str, str]:
-    """Returns the licence of the model that a run starts from, if its card names one; empty if the card refers to a
-    text in its own folder."""
+    """Returns the licence of the model that a run starts from, if the model's card names a licence; empty if the card
+    only refers to a file in the model's folder."""
     found = {key: known.get(key) for key in ("license", "license_name", "license_link")}
     named = {key: value for key, value in found.items() if isinstance(value, str)}
     if "license" not in named or (named["license"] == "other" and "http" not in named.get("license_link", "")):

@@ -249,7 +249,7 @@ QLORA = Method("qlora", "QLoRA: frozen weights in 4 bits", "", "", ("dettmers202
 
 
 _chain: ContextVar[tuple[Method, ...]] = ContextVar("chain", default=())
-"""Methods of the enclosing command of which the present run is a part; empty if there is none."""
+"""Methods of the command that has started this run as a part (RLP); empty for other runs."""
 
 
 @contextmanager

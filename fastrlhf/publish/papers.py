@@ -20,7 +20,7 @@ class Paper:
 
     @property
     def link(self) -> str:
-        """The paper as a Markdown link."""
+        """A Markdown link to the paper."""
         names = self.authors.split(" and ")
         first = names[0].strip("{}").partition(",")[0]
         told = f"{first} et al. {self.year}" if len(names) > 1 else f"{first} {self.year}"

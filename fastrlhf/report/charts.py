@@ -53,7 +53,7 @@ class Curve:
 
 def line_chart(title: str, curves: list[Curve], over: str = "steps", unit: str = "") -> str:
     """Draws a chart: a caption with the last value of every curve, named axes, and the curves over optimiser steps (or
-    over the quantity that `over` names). The values of a step are shown when the mouse rests on it.
+    over the quantity that `over` names). The values of a step are shown when the mouse is over the step.
 
     Long curves are drawn twice: the raw values in a faint colour, and their centred moving average. For a long curve
     the vertical axis may leave out the lowest and the highest 1 % of the points (at most five each), so that a single

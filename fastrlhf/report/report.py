@@ -25,10 +25,11 @@ from fastrlhf.report.stages import Stage, find_stages, overlaid
 from fastrlhf.runtime.metrics import read_rows
 
 MAX_SAMPLES = 12
-"""Number of samples shown per stage; the last ones are shown."""
+"""Number of samples shown per stage. The page shows the last samples."""
 
 MAX_PROMPTS = 6
-"""Number of prompts shown after `fastrlhf eval`, each with the answers of every model; the last ones are shown."""
+"""Number of prompts shown after `fastrlhf eval`, each with the answers of every model. The page shows the last
+prompts."""
 
 _COLUMNS = {
     "win_rate": "Win rate",

@@ -42,7 +42,7 @@ class Stage:
 
     @property
     def metrics(self) -> list[str]:
-        """Names of the metrics that are numbers, in order of first appearance."""
+        """Returns the names of the metrics that are numbers, in order of first appearance."""
         numeric = (name for row in self.rows for name, value in row.items() if isinstance(value, int | float))
         return [name for name in dict.fromkeys(numeric) if name not in ("step", "time")]
 
@@ -61,8 +61,8 @@ class Stage:
 
     @property
     def depth_curve(self) -> list[Curve]:
-        """The score by reset depth: for each bin the mean of the last `RECENT` values, over the share of the response
-        that the reset copied, in per cent. The list is empty if the stage has no resets."""
+        """Returns curves of the score by reset depth: for each bin the mean of the last `RECENT` values, over the share
+        of the response that the reset copied, in per cent. The list is empty if the stage has no resets."""
         bins = sorted(int(name.removeprefix(DEPTH)) for name in self.metrics if name.startswith(DEPTH))
         means = [self.curve(f"{DEPTH}{i}").values[-RECENT:].mean() for i in bins]
         middles = np.array([20.0 * i + 10 for i in bins])
@@ -70,9 +70,9 @@ class Stage:
 
     @property
     def optimisation_curves(self) -> list[Curve]:
-        """For each judge, the gain of its score since the first evaluation as a function of sqrt(KL), as in Gao et al.
-        2022 (arXiv 2210.10760, Figure 1). The list is empty if fewer than two evaluations have the scores of both
-        judges."""
+        """Returns for each judge the gain of its score since the first evaluation as a function of sqrt(KL), as in Gao
+        et al. 2022 (arXiv 2210.10760, Figure 1). The list is empty if fewer than two evaluations have the scores of
+        both judges."""
         names = ("eval_objective/kl", *_JUDGES.values())
         rows = {row["step"]: [row.get(name) for name in names] for row in self.rows}
         points = np.array([values for values in rows.values() if all(map(is_finite, values))])

@@ -15,11 +15,11 @@ class KLController:
     """
 
     coef: float
-    """Reward per nat"""
+    """Current coefficient, in reward per nat."""
     target: float
-    """Nats per episode"""
+    """Target of the KL, in nats per episode."""
     horizon: int
-    """Episodes"""
+    """Number of episodes over which the coefficient adapts."""
 
     def update(self, kl: float, num_episodes: int) -> None:
         """Adapts the coefficient. `kl`, in nats, is the mean over the episodes of the batch of the KL summed over

@@ -47,7 +47,7 @@ class Episodes:
 
     rollouts: Sequence[Rollout]
     cu_rows: Tensor
-    """(N+1,) int32"""
+    """(N+1,) int32: rows cu_rows[i] .. cu_rows[i+1] belong to episode i"""
     sampled: Tensor
     """[R] bool: the tokens of the completions, in order"""
     earns: Tensor
@@ -55,15 +55,15 @@ class Episodes:
     end: Tensor
     """[N] int64: the row of the last valid token"""
     missing_eos: Tensor
-    """[N] bool"""
+    """[N] bool: whether the response has no EOS"""
     score: Tensor | None
     """[N] float32: the scores of the reward model; None without a reward model"""
     token: Tensor
-    """[R] int64"""
+    """[R] int64: the ids of the tokens"""
     logprob: Tensor
-    """[R] log-probs under the policy that sampled"""
+    """[R] log-probs under the sampling policy"""
     reference_logprob: Tensor
-    """[R]"""
+    """[R] log-probs under the reference"""
     dpo_log_ratio: Tensor | None
     """[R] log(pi_dpo / pi_ref) at temperature 1; None without a DPO model"""
     exact_kl: Tensor | None = None
@@ -86,7 +86,7 @@ class Term:
     """One term of the reward."""
 
     reward: Tensor
-    """[R] float32"""
+    """[R] float32: the reward of each token"""
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
     """0-dim tensors by metric name"""
 

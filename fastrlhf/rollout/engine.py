@@ -243,9 +243,9 @@ class _Episodes:
     logprobs: Tensor
     """[N, L + 1] float32 of the tokens"""
     count: Tensor
-    """[N] int64"""
+    """[N] int64: number of tokens sampled so far"""
     done: Tensor
-    """[N] bool"""
+    """[N] bool: whether the episode has ended"""
     ends: Tensor
     """[E] int64, the tokens that end an episode"""
     temperature: float | Tensor

@@ -132,7 +132,7 @@ class _Step:
 
     cache: SlotCache
     positions: Tensor
-    """[n] int64"""
+    """[n] int64: position of the new token in each slot"""
     num_keys: int
     masks: dict[int | None, Tensor] = field(default_factory=dict)
     """Sliding window -> the mask [n, 1, 1, num_keys] that is added to the scores, in the dtype of the queries."""

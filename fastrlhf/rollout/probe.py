@@ -83,7 +83,7 @@ def _choose(model: PreTrainedModel) -> Decoder:
 
 
 def _texts(model: PreTrainedModel) -> Tensor:
-    """[2, NUM_GIVEN + NUM_DECODED] int64"""
+    """Returns the ids of the two probe texts, [2, NUM_GIVEN + NUM_DECODED] int64."""
     config = model.config.get_text_config()
     ids = [i for i in range(config.vocab_size) if i != getattr(config, "pad_token_id", None)]
     length = NUM_GIVEN + NUM_DECODED

@@ -1,4 +1,4 @@
-"""Prepares the next step in a thread while the current one runs."""
+"""Prepares the data of the next step in a thread while the current step runs."""
 
 from __future__ import annotations
 

@@ -142,8 +142,8 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
 def save_weights(
     model: PreTrainedModel, weights: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase, folder: Path
 ) -> None:
-    """Does the same as `save_model` with weights given by name, which only rank 0 needs to have; `model` itself may
-    have no weights. Every rank must call it."""
+    """Saves like `save_model`, but with weights given by name. Only rank 0 needs the weights; `model` itself may have
+    none. Every rank must call it."""
     on_first(lambda: _save_model(model, weights, tokenizer, folder))
 
 

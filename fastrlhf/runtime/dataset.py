@@ -79,9 +79,9 @@ def dataset_parts(
     *,
     keep_rows: bool,
 ) -> list[Part | None]:
-    """Returns the tokenised rows of each of `wanted`; None if it has no usable row. Parts that the token store has are
-    mapped; the others are read, tokenised and kept there. With `keep_rows`, rows are read in any case, and every
-    tokenised row holds its example.
+    """Returns the tokenised rows of each choice in `wanted`; None if a choice has no usable row. Parts that are in the
+    token store are mapped; other parts are read, tokenised and stored. With `keep_rows`, rows are always read, and
+    every tokenised row holds its example.
 
     Raises ValueError as `load_examples` and `tokenize_examples` do. It does not communicate with other ranks.
     """
@@ -209,8 +209,8 @@ def _keys(
     day: str,
     warnings: list[str],
 ) -> list[str | None]:
-    """Returns the name of the stored entry of each of `wanted`: a hash of all that the tokens and the messages depend
-    on. None without the fingerprint of the tokenizer. Warnings about the files of the dataset are added to
+    """Returns the key of the stored entry of each choice in `wanted`: a hash of everything that determines the tokens
+    and the messages. None if the tokenizer has no fingerprint. Warnings about the files of the dataset are added to
     `warnings`."""
     if tokenizer is None:
         return [None] * len(wanted)

@@ -10,8 +10,8 @@ import torch
 
 
 class GlobalRandomness:
-    """State of the process-wide generators. fastrlhf does not draw from them, but user-defined judges and rewards
-    may."""
+    """State of the process-wide random generators. fastrlhf does not use these generators, but user-defined judges and
+    rewards may."""
 
     def state_dict(self) -> dict[str, Any]:
         kind, keys, *rest = np.random.get_state(legacy=True)

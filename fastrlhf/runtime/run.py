@@ -1,5 +1,4 @@
-"""Code that all trainers run around their training loop: output folder, log, checkpoints, resuming, and saving the
-final model."""
+"""The part of a run that all trainers share: output folder, log, checkpoints, resuming, and saving the final model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Talks with a model in the terminal: `fastrlhf chat`."""
+"""A chat with a model in the terminal: `fastrlhf chat`."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ class Line:
     name: str
     """Name of the segment: prompt, chosen, ..."""
     tokens: list[tuple[str, int]]
-    """(role, id), in order"""
+    """(role, token id) of every token, in order."""
     note: str = ""
     turns: list[str] = field(default_factory=list)
     """For a conversation, the label of the turn of every token; empty if there are no turns or they are unknown."""

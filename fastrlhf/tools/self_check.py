@@ -86,7 +86,7 @@ CHECKS = (
 class Outcome:
     op: str
     path: str
-    """triton or torch"""
+    """The implementation that ran: triton or torch."""
     error: float
     """Largest absolute error of the result (a value per row, or the loss), in nats"""
     gradient_error: float | None

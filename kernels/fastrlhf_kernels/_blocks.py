@@ -27,7 +27,8 @@ VANISHED = -1e4  # replaces -inf: exp(-1e4) is 0 as well, but 0 * -1e4 is 0 wher
 
 
 class Part(NamedTuple):
-    """Rows start .. start + len(weight) of the head's weight, cast to the dtype in which they are multiplied."""
+    """A part of the vocabulary: rows start .. start + len(weight) of the head's weight, cast to the dtype in which they
+    are multiplied."""
 
     start: int
     weight: Tensor
@@ -39,14 +40,14 @@ class Logits:
     """z = softcap(scale * (hidden @ weight.T + bias)) / temperature, float32, computed block by block."""
 
     hidden: Tensor
-    """[T, D], already in the dtype in which hidden states and weight are multiplied"""
+    """Hidden states [T, D], already in the dtype in which hidden states and weight are multiplied."""
     weight: Tensor
-    """[V, D] in its original dtype"""
+    """Weight of the head [V, D], in its original dtype."""
     bias: Tensor | None
     scale: float
     softcap: float | None
     temperature: float | Tensor
-    """a number, or [T, 1]"""
+    """Temperature: a number, or [T, 1]."""
 
     @staticmethod
     def of(
@@ -66,7 +67,8 @@ class Logits:
         )
 
     def row_blocks(self) -> list[slice]:
-        """Slices that split the T rows into blocks. An empty pack gives one empty block and needs no special case."""
+        """Returns slices that split the T rows into blocks. An empty pack gives one empty block, so it is not a special
+        case."""
         step, num_rows = self._block_shape()[0], len(self.hidden)
         return [slice(start, min(start + step, num_rows)) for start in range(0, max(num_rows, 1), step)]
 
@@ -79,7 +81,8 @@ class Logits:
             yield Part(start, self.weight[rows].to(self.hidden.dtype), bias)
 
     def block(self, rows: slice, part: Part, out: Tensor | None = None) -> Tensor:
-        """The logits [rows, part], in new memory or in `out`. Forward and backward get bit-identical logits."""
+        """Returns the logits [rows, part], in new memory or in `out`. They are bit-identical in forward and
+        backward."""
         z = product(self.hidden[rows], part.weight.T, out)
         if part.bias is not None:
             z += part.bias
@@ -94,7 +97,7 @@ class Logits:
         return z
 
     def slope(self, rows: slice | Tensor, z: Tensor) -> Tensor:
-        """The derivative of the soft cap for these rows, computed from their logits z."""
+        """Returns the derivative of the soft cap for these rows, computed from their logits z."""
         assert self.softcap is not None
         temperature = self.temperature[rows] if isinstance(self.temperature, Tensor) else self.temperature
         return 1 - (z * (temperature / self.softcap)).square()
@@ -232,7 +235,7 @@ def gradients_like(
 
 
 def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """a @ b in float32, in new memory or in `out`."""
+    """Returns a @ b in float32, in new memory or in `out`."""
     if a.dtype == torch.float32 or not a.is_cuda:
         return torch.mm(a.float(), b.float(), out=out)
     found = torch.mm(a, b, out_dtype=torch.float32)
@@ -271,7 +274,8 @@ class Selection(NamedTuple):
 
     @staticmethod
     def of(live: Tensor, *, wait: bool) -> Selection:
-        """Selects the live rows. On a GPU they are counted only with `wait=True`, which waits for the device once."""
+        """Selects the live rows. On a GPU the live rows are counted only with `wait=True`, which waits for the device
+        once."""
         if not can_select(live.device, wait):
             return Selection(live, None, ~live[:, None])
         rows = live.nonzero()[:, 0]  # waits for a GPU, because the shape depends on the number of live rows

@@ -1,4 +1,4 @@
-"""Argument checks of the ops. Each raises a ValueError that names the argument; no check waits for a GPU."""
+"""Argument checks of the ops. A failed check raises a ValueError that names the argument; no check waits for a GPU."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def check_first_derivative(op: str) -> None:
 
 
 def divisor(name: str, count: float | Tensor) -> float | Tensor:
-    """The number that a sum over `count` items is divided by: `count`, or 1 if `count` is 0 (the sum is then 0 too).
+    """Returns the divisor of a sum over `count` items: `count`, or 1 if `count` is 0 (the sum is then 0 too).
 
     Raises ValueError for a negative number and for a tensor that is not 0-dim.
     """

@@ -102,7 +102,7 @@ def forward(
 
 
 def is_heavy(bias: Tensor | None, row_temperature: Tensor | None, softcap: float | None) -> bool:
-    """Whether the head has options that need more registers per program, and so smaller tiles."""
+    """Returns whether the head has options that need more registers per program and therefore smaller tiles."""
     return bias is not None or row_temperature is not None or softcap is not None
 
 

@@ -77,7 +77,7 @@ def forward_kernel(
     tile = tl.where(within, target - start, 0) // VOCAB
     hits = tl.reduce(tl.where(within, 1 << tile, 0), 0, either)  # bit i: tile i of the share contains a target
     live = tl.sum((target != ignore).to(tl.int32), 0)
-    stop = tl.where(live == 0, 0, stop)  # a tile of ignored rows costs nothing
+    stop = tl.where(live == 0, 0, stop)  # a tile of ignored rows is skipped
     for column in range(start, stop, VOCAB):
         x = product_tile(
             hidden, weight, row, column, num_rows, vocab, size, stride_hidden, stride_weight,

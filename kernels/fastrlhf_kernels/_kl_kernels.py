@@ -39,7 +39,7 @@ Transform = tuple[Tensor | None, float, float, float | None]
 
 
 class Head(NamedTuple):
-    """The policy's or the reference's hidden [T, D], weight [V, D] and bias [V]."""
+    """Hidden states [T, D], weight [V, D] and bias [V] of the policy or of the reference."""
 
     hidden: Tensor
     weight: Tensor
@@ -188,7 +188,7 @@ def forward_kernel(
     at_target, reference_at_target = nothing, nothing
     stop = tl.minimum((share + 1) * SHARE, vocab)
     live = tl.sum((target != ignore).to(tl.int32), 0)
-    stop = tl.where(live == 0, 0, stop)  # a tile of ignored rows costs nothing
+    stop = tl.where(live == 0, 0, stop)  # a tile of ignored rows is skipped
     for column in range(share * SHARE, stop, VOCAB):
         columns = column + tl.arange(0, VOCAB)
         exists = (columns < stop)[None, :]

@@ -190,7 +190,7 @@ def _(tensor, factor, dtype):
 
 
 class Sums:
-    """Gradients of hidden, weight and bias, to which the chunks add; None if not needed."""
+    """Gradients of hidden, weight and bias, to which every chunk adds its part; None if not needed."""
 
     def __init__(self, hidden: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> None:
         self.hidden, self.weight, self.bias = hidden, weight, bias

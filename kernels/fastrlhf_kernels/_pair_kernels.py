@@ -142,7 +142,8 @@ def log_odds(mean_logprob):
 
 @jit
 def log1p(x):
-    """log(1 + x) for x in [0, 1], exact also for tiny x: 2 artanh(x / (2 + x)) by its series up to power 15."""
+    """Returns log(1 + x) for x in [0, 1], with a small relative error even for tiny x: 2 artanh(x / (2 + x)) by its
+    series up to power 15."""
     s = x / (2 + x)
     square = s * s
     series = square * 0

@@ -22,7 +22,7 @@ from fastrlhf_kernels.kl_estimate import (
 
 
 class PolicyTerms(NamedTuple):
-    """Loss, gradients and metrics of each token, [T]: float32, or bool for `clipped` and `dual_clipped`."""
+    """Loss, gradients and metrics of each token, [T]. `clipped` and `dual_clipped` are bool, all others float32."""
 
     loss: Tensor
     d_logprob: Tensor

@@ -17,7 +17,8 @@ BLOCK = 1024  # rows per program; in a program that loops over a segment, rows p
 
 
 def num_programs(num_rows: int) -> int:
-    """Number of programs for this many rows; at least one, so that a sum over no rows is written as 0."""
+    """Returns the number of programs for `num_rows` rows. It is at least one, so that a sum over no rows is written as
+    0."""
     return max(cdiv(num_rows, BLOCK), 1)
 
 

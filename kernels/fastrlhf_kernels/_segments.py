@@ -9,7 +9,7 @@ from fastrlhf_kernels._triton import jit, tl
 
 
 def segment_of_row(cu_seqlens: Tensor, num_rows: int) -> Tensor:
-    """The index of the segment that contains each row, [T] int64.
+    """Returns for each row the index of the segment that contains the row, [T] int64.
 
     cu_seqlens [0, 2, 2, 3]  ->  [0, 0, 2]
     """

@@ -18,7 +18,7 @@ from fastrlhf_kernels._triton import INTERPRETED, constant, jit, tl, triton
 
 LOG2_E = constant(1 / math.log(2))
 LN_2 = constant(math.log(2))
-UPCAST = constant(INTERPRETED)  # the interpreter's tl.dot takes the bits of bfloat16 numbers for integers
+UPCAST = constant(INTERPRETED)  # the interpreter's tl.dot reads the bits of bfloat16 numbers as integers
 FLOOR = constant(-1e30)  # replaces logits that are -inf or beyond the vocabulary, because -inf - -inf is NaN
 GROUP = 16  # number of row tiles processed together, so that a weight tile is read from DRAM once per group
 
@@ -91,8 +91,8 @@ def choose_tiles(
 
 
 def pinned_tiles(table: dict[int, Pinned], capability: tuple[int, int], width: int, loadable: bool) -> Pinned:
-    """The tile sizes for a compute capability of 8.0 or more, and for matrices of at most `width` bytes per number,
-    which TMA can load if `loadable`."""
+    """Returns the tile sizes for a compute capability of 8.0 or more. `width` is the largest number of bytes per number
+    of the matrices; `loadable` says whether TMA can load the matrices."""
     major, _ = capability
     if width > 2:
         tiles = FLOAT32._replace(vocab=32) if major == 12 and table is KL_FORWARD else FLOAT32
@@ -101,7 +101,7 @@ def pinned_tiles(table: dict[int, Pinned], capability: tuple[int, int], width: i
 
 
 def _aligned(matrix: Tensor) -> bool:
-    """Whether the address and the strides of a matrix meet the requirements of a TMA descriptor."""
+    """Returns whether the address and the strides of a matrix meet the requirements of a TMA descriptor."""
     width = matrix.element_size()
     apart = matrix.stride(0) * width % 16 == 0 and matrix.stride(0) >= matrix.shape[1]
     return matrix.data_ptr() % 16 == 0 and apart and matrix.stride(1) == 1
@@ -134,7 +134,8 @@ def product_tile(
     DESCRIPTORS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """a[row:] @ b[column:].T, [ROWS, COLUMNS] float32; entries beyond num_rows and num_columns are undefined."""
+    """Computes a[row:] @ b[column:].T, [ROWS, COLUMNS] float32. Entries beyond num_rows and num_columns are
+    undefined."""
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     if DESCRIPTORS:
         for k in range(0, size, INNER):
@@ -173,7 +174,8 @@ def transformed(z, bias, columns, num_columns, inner_scale, outer_scale, SOFTCAP
 
 @jit
 def row_scale(outer_scale, row_temperature, rows, num_rows):
-    """The outer scale divided by the temperature of each row, [ROWS, 1]; a number if all rows share one temperature."""
+    """Returns the outer scale divided by the temperature of each row, [ROWS, 1], or a number if all rows share one
+    temperature."""
     scale = outer_scale
     if row_temperature is not None:
         scale = (outer_scale / tl.load(row_temperature + rows, mask=rows < num_rows, other=1.0))[:, None]
@@ -218,7 +220,7 @@ def scales(scale: float, softcap: float | None, temperature: float) -> tuple[flo
 
 
 def operand(matrix: Tensor, tiles: Tiles, rows: int, columns: int):
-    """The kernel argument for a matrix: a TMA descriptor of tiles [rows, columns], or the tensor."""
+    """Returns the kernel argument for a matrix: a TMA descriptor of tiles [rows, columns], or the tensor itself."""
     if not tiles.descriptors:
         return matrix
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -231,7 +233,8 @@ PRECISION = "ieee" if INTERPRETED else "tf32x3"
 
 
 def row_major(matrix: Tensor) -> Tensor:
-    """Copies the matrix unless the elements of each row are adjacent in memory; gaps between rows are allowed."""
+    """Returns the matrix, or a copy if the elements of a row are not adjacent in memory. Gaps between rows are
+    allowed."""
     return matrix if matrix.stride(1) == 1 or matrix.shape[1] <= 1 else matrix.contiguous()
 
 

@@ -116,7 +116,7 @@ def _by_doubling(
     gamma: float,
     lam: float,
 ) -> tuple[Tensor, Tensor]:
-    """GAE in torch: log2(T) steps, each of which doubles the number of rows that a row's result covers."""
+    """Computes GAE in torch in log2(T) steps. Each step doubles the number of rows that the result of a row covers."""
     if len(reward) == 0:
         return torch.zeros_like(reward), torch.zeros_like(value)
     row = torch.arange(len(reward), device=reward.device)

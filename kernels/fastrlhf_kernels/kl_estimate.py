@@ -39,10 +39,11 @@ def kl_estimate(
     reference_logprob: Tensor,  # [T]
     *,
     kind: str = "k1",
-    sampler_logprob: Tensor | None = None,  # [T] under the policy that sampled the tokens; None: the current policy
+    sampler_logprob: Tensor | None = None,  # [T] log-probs under the sampling policy; None: the current policy
     impl: str = "auto",
 ) -> Tensor:
-    """The KL estimate w k of each token, [T] float32, nats; gradient w delta for k2 and k3, none for k1.
+    """Returns the KL estimate w k of each token, [T] float32, nats. The gradient is w delta for k2 and k3; k1 has no
+    gradient.
 
     Raises ValueError for bad arguments.
     """

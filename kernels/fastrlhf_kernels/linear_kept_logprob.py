@@ -45,12 +45,11 @@ def linear_kept_logprob(
     softcap: float | None = None,
     entropy: bool = False,
 ) -> TokenLogprobs:
-    """Log-probs of `targets` under the softmax over the kept tokens of each row, [T] float32, in nats.
-
-    The logits are softcap(logit_scale * (hidden @ weight.T + bias)) / temperature. A row with an empty set returns 0 in
-    every output and has no gradient. `max_logprob` and `mean_logit` are None.
-    Raises ValueError for wrong shapes, dtypes and devices, and on the CPU for a token outside the vocabulary and for a
-    target that is not in the set of its row (on a GPU its log-prob is -inf).
+    """Returns log-probs of `targets` under the softmax over the kept tokens of each row, [T] float32, in nats. The
+    logits are softcap(logit_scale * (hidden @ weight.T + bias)) / temperature. A row with an empty set returns 0 in
+    every output and has no gradient. `max_logprob` and `mean_logit` are None. Raises ValueError for wrong shapes,
+    dtypes and devices, and on the CPU for a token outside the vocabulary and for a target that is not in the set of its
+    row (on a GPU its log-prob is -inf).
     """
     row_temperature, temperature, scale, softcap = checked_transform(
         hidden, weight, targets, bias, temperature, logit_scale, softcap
@@ -140,14 +139,14 @@ def _chunks(targets: Tensor, kept: Tensor, cu_kept: Tensor, vocab: int) -> Itera
 
 
 class _Values(NamedTuple):
-    """The restricted distributions of the rows of a chunk, float32."""
+    """The distributions over the kept tokens of the rows of a chunk, float32."""
 
     log_p: Tensor
     """Log-probs, [n, U]; -inf outside the set of the row."""
     logsumexp: Tensor
-    """[n]"""
+    """Logsumexp of the kept logits of each row, [n]."""
     entropy: Tensor
-    """[n]"""
+    """Entropy of each row, [n]."""
     slope: Tensor | float
     """Derivative of a logit with respect to its product hidden . weight, [n, U] or a number."""
 
@@ -176,8 +175,8 @@ def _values(
 
 
 def _gradient(chunk: _Chunk, values: _Values, g: Tensor, on_logsumexp: Tensor, on_entropy: Tensor) -> Tensor:
-    """The gradient with respect to hidden @ weight.T, [n, U], for upstream gradients [n]; formula as in
-    `linear_logprob`."""
+    """Returns the gradient with respect to hidden @ weight.T, [n, U], for upstream gradients [n]. The formula is that
+    of `linear_logprob`."""
     log_p = values.log_p.where(chunk.member, 0.0)
     p = values.log_p.exp()
     level = (on_logsumexp - g)[:, None]

@@ -76,7 +76,9 @@ def linear_kl(
     entropy: bool = False,
     impl: str = "auto",
 ) -> TokenKL:
-    """Exact KL(policy || reference) = sum_v p (log p - log q) of every row, from the hidden states of both models.
+    """Returns the exact KL(policy
+
+    reference) = sum_v p (log p - log q) of every row, from the hidden states of both models.
 
     p and q are softmax(softcap(logit_scale * (h @ w.T + b)) / temperature). With `targets`, the result also holds the
     log-probs of the targets under both models. A row whose target is -100 returns 0 in every output and has no

@@ -56,12 +56,11 @@ def linear_logprob(
     ignore_index: int = -100,
     impl: str = "auto",
 ) -> TokenLogprobs:
-    """Log-probs of `targets` under the language-model head applied to `hidden`, [T] float32, in nats.
-
-    They are log_softmax(softcap(logit_scale * (hidden @ weight.T + bias)) / temperature)[t, targets[t]]. A row whose
-    target is `ignore_index` returns 0 in every output and has no gradient, even if it contains NaN. Raises ValueError
-    for wrong shapes, dtypes and devices, and on the CPU for a target outside the vocabulary and a row's temperature
-    that is not above 0 (on a GPU these give NaN).
+    """Returns log-probs of `targets` under the language-model head applied to `hidden`, [T] float32, in nats. They are
+    log_softmax(softcap(logit_scale * (hidden @ weight.T + bias)) / temperature)[t, targets[t]]. A row whose target is
+    `ignore_index` returns 0 in every output and has no gradient, even if it contains NaN. Raises ValueError for wrong
+    shapes, dtypes and devices, and on the CPU for a target outside the vocabulary and a row's temperature that is not
+    above 0 (on a GPU these give NaN).
     """
     transform = checked_transform(hidden, weight, targets, bias, temperature, logit_scale, softcap)
     logprob, logsumexp, row_entropy, max_logprob, mean_logit, _, _ = _forward(
@@ -105,7 +104,8 @@ def checked_transform(
 
 
 def positive_or_nan(temperature: Tensor) -> Tensor:
-    """Temperatures as [T] float32, with NaN for invalid ones: raising an error would make a GPU wait."""
+    """Returns the temperatures as [T] float32, with NaN for invalid values, because raising an error would make a GPU
+    wait."""
     temperature = temperature.detach().float()
     return temperature.where(temperature > 0, float("nan"))
 

@@ -41,7 +41,7 @@ def linear_pair_loss(
     length_norm: str = "sum",
     impl: str = "auto",
 ) -> LossOutput:
-    """Loss and metrics of `pair_loss` for the log-probs of `targets`. Raises ValueError for bad arguments."""
+    """Returns loss and metrics of `pair_loss` for the log-probs of `targets`. Raises ValueError for bad arguments."""
     rows = linear_logprob(
         hidden,
         weight,

@@ -36,7 +36,7 @@ def linear_policy_loss(
     hidden: Tensor,  # [T, D]; hidden, weight and bias have gradients
     weight: Tensor,  # [V, D]
     targets: Tensor,  # [T] int64
-    sampler_logprob: Tensor,  # [T] under the policy that sampled the tokens, at the same temperature
+    sampler_logprob: Tensor,  # [T] log-probs under the sampling policy, at this temperature
     advantage: Tensor,  # [T]
     mask: Tensor,  # [T] bool, True where the token is trained
     *,
@@ -60,11 +60,9 @@ def linear_policy_loss(
     form: str = "auto",
     impl: str = "auto",
 ) -> LossOutput:
-    """Loss and metrics of `policy_loss` for the log-probs of `targets`.
-
-    `form` is "one_shot", "two_steps" (`linear_logprob`, then `policy_loss`) or "auto", the faster one for this shape
-    and device and for the share of rows that the caller expects to have a gradient, `live_share`. Raises ValueError for
-    bad arguments.
+    """Returns loss and metrics of `policy_loss` for the log-probs of `targets`. `form` is "one_shot", "two_steps"
+    (`linear_logprob`, then `policy_loss`) or "auto", the faster one for this shape and device and for the share of rows
+    that the caller expects to have a gradient, `live_share`. Raises ValueError for bad arguments.
     """
     transform = checked_transform(hidden, weight, targets, bias, temperature, logit_scale, softcap)
     count, scalars = checked_policy_options(

@@ -60,7 +60,7 @@ def logprob_from_logits(
     inplace_backward: bool = False,
     impl: str = "auto",
 ) -> TokenLogprobs:
-    """Log-probs log_softmax(softcap(logit_scale * logits) / temperature)[t, targets[t]], [T] float32, in nats.
+    """Returns log_softmax(softcap(logit_scale * logits) / temperature)[t, targets[t]], [T] float32, in nats.
 
     A row whose target is `ignore_index` returns 0 in every output and has no gradient, even if it contains NaN.
     `max_logprob` and `mean_logit` are None.

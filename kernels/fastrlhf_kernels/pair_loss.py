@@ -62,7 +62,7 @@ SUMS = ("pairs", "accuracy", "reward_chosen", "reward_rejected", "margin", "logp
 def pair_loss(
     logprob: Tensor,  # [T] nats; the only argument with a gradient
     reference_logprob: Tensor | None,  # [T], or [2B] sums over the rows in the mask, or None for 0; [T] if T == 2B
-    cu_seqlens: Tensor,  # [2B+1] int32 or int64: sequence 2i is the chosen, 2i+1 the rejected one of pair i
+    cu_seqlens: Tensor,  # [2B+1] int32 or int64: of pair i, sequence 2i is chosen and 2i+1 rejected
     mask: Tensor,  # [T] bool, True on the tokens of the responses
     *,
     num_pairs: float | Tensor,  # pairs of the whole optimiser step, over all micro-batches and ranks
@@ -76,7 +76,8 @@ def pair_loss(
     length_norm: str = "sum",
     impl: str = "auto",
 ) -> LossOutput:
-    """The preference loss sum(weight L) / num_pairs over all pairs, float32. A pair with an empty response is ignored.
+    """Returns the preference loss sum(weight L) / num_pairs over all pairs, float32. A pair with an empty response is
+    ignored.
 
     Raises ValueError for bad arguments and for options that the kind does not have. Metrics, summed over the pairs that
     are not ignored:

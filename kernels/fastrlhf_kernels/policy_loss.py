@@ -53,7 +53,7 @@ SUMS = ("policy_loss", "ratio", "clip_fraction", "dual_clip_fraction", "approx_k
 
 def policy_loss(
     logprob: Tensor,  # [T] nats; logprob and entropy have gradients
-    sampler_logprob: Tensor,  # [T] under the policy that sampled the tokens, at the same temperature
+    sampler_logprob: Tensor,  # [T] log-probs under the sampling policy, at this temperature
     advantage: Tensor,  # [T]
     mask: Tensor,  # [T] bool, True where the token is trained
     *,
@@ -71,7 +71,7 @@ def policy_loss(
     entropy_coef: float = 0.0,
     impl: str = "auto",
 ) -> LossOutput:
-    """The policy loss sum_t mask weight (-g_t + kl_coef w k - entropy_coef H) / num_tokens, float32.
+    """Returns the policy loss sum_t mask weight (-g_t + kl_coef w k - entropy_coef H) / num_tokens, float32.
 
     `loss_type` chooses g_t. Raises ValueError for bad arguments. Metrics, summed over the trained tokens:
 
@@ -251,7 +251,8 @@ differentiate_by_slopes("fastrlhf::policy_loss", leaves=(0, 6))
 
 @torch.no_grad()
 def _sequence_log_ratio(logprob: Tensor, sampler_logprob: Tensor, mask: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """For each row, the mean of logprob - sampler_logprob over the trained tokens of its sequence, [T] float32."""
+    """Returns for each row the mean of logprob - sampler_logprob over the trained tokens of its sequence, [T]
+    float32."""
     difference = masked(logprob, mask) - masked(sampler_logprob, mask)
     counts = segment_sum(mask.float(), cu_seqlens).clamp(min=1)
     return (segment_sum(difference, cu_seqlens) / counts)[segment_of_row(cu_seqlens, len(logprob))]

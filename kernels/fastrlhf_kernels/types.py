@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 class TokenLogprobs(NamedTuple):
-    """Results of `linear_logprob` per row; [T] float32, nats. Ignored rows are 0."""
+    """Results of `linear_logprob` for every row, [T] float32, in nats; 0 in ignored rows."""
 
     logprob: Tensor
     """log p(target), never above 0; differentiable."""
@@ -31,7 +31,7 @@ class TokenLogprobs(NamedTuple):
 
 
 class TokenKL(NamedTuple):
-    """Results of `linear_kl` per row; [T] float32, nats. Ignored rows are 0."""
+    """Results of `linear_kl` for every row, [T] float32, in nats; 0 in ignored rows."""
 
     kl: Tensor
     """KL(policy || reference) over the whole vocabulary, never below 0; differentiable."""

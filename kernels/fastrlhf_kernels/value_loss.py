@@ -38,7 +38,7 @@ def value_loss(
     weight: Tensor | None = None,  # [T], no gradient; for example 1 / sequence length, to average per sequence
     impl: str = "auto",
 ) -> LossOutput:
-    """The critic's loss sum_t mask weight max((V - R)^2, (V_clipped - R)^2) / 2 / num_tokens, float32.
+    """Returns the critic's loss sum_t mask weight max((V - R)^2, (V_clipped - R)^2) / 2 / num_tokens, float32.
 
     V is `value`, R is `returns`. Metrics, summed over the rows in the mask: value_loss (weighted),
     value_clip_fraction, rows. Raises ValueError for bad arguments.

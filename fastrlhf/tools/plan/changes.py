@@ -40,7 +40,7 @@ def cheapest_change(
         )
         least = min(least, *needs, *(max(totals(changed)) for changed in smaller[-1:]))
         if least > limit:
-            continue  # even the smallest configuration is too large
+            continue  # even the smallest of these configurations is too large
         for changed in smaller:
             if (peak := max(totals(changed))) <= limit:
                 return f"the cheapest change that fits: {_told(config, changed)}: {readable(peak)}"

@@ -35,11 +35,11 @@ GIB = 2**30
 
 @dataclass(frozen=True, kw_only=True)
 class Phase:
-    """One phase of a step, and what memory holds at its peak."""
+    """One phase of a step, with the parts of the memory at its peak."""
 
     name: str
     parts: dict[str, int]
-    """What is in memory -> its bytes"""
+    """Part of the memory, in words -> its bytes."""
 
     @property
     def total(self) -> int:

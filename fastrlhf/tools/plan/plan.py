@@ -23,7 +23,7 @@ from fastrlhf.tools.plan.packs import Rows, read_rows
 from fastrlhf.tools.plan.phases import GIB, Phase, count_phases, readable
 
 USABLE = 0.92
-"""Share of the device's memory that the counted parts may fill; the rest is left for what is not counted."""
+"""Share of the device's memory that the counted parts may fill. The rest is for memory that the plan does not count."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ class Plan:
     memory: int
     """Memory of the device in bytes."""
     change: str = ""
-    """A text that names the change that makes the run fit; empty if the run fits unchanged."""
+    """A text that names the change that makes the run fit; empty if the run fits without a change."""
     offer: str = ""
     """A text that says how much memory activation checkpointing would save; empty if it is on or saves nothing."""
 
@@ -67,7 +67,7 @@ def plan_run(config: TrainConfig, *, memory_gib: float = 0.0) -> Plan:
     if config.activation_offloading and not may_offload:
         check_offloading(device)
     if config.dtype == "auto":
-        # A device given by its memory is taken for a GPU that multiplies bfloat16.
+        # If only the memory of the device is given, the device counts as a GPU that multiplies bfloat16.
         config = replace(config, dtype=fast_dtype(config, True)) if memory_gib and may_offload else with_dtype(config)
     if isinstance(config, PPOConfig) and not may_offload:
         config = replace(config, ref_reward_offload=False)  # offloading has no effect on a CPU
