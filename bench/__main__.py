@@ -157,6 +157,9 @@ def make_parser() -> argparse.ArgumentParser:
         "--out", type=Path, default=Path("bench/results"), help="folder of the files to which result rows are appended"
     )
     kernels.add_argument(
+        "--beside", type=Path, metavar="FOLDER", help="another checkout, whose ops are measured in the same rounds"
+    )
+    kernels.add_argument(
         "--table", type=Path, metavar="FILE", help="print the tables of the rows in FILE and measure nothing"
     )
     tune = commands.add_parser("tune", help="time candidate tile sizes of the fused head kernels; needs a GPU")
@@ -353,7 +356,7 @@ def _kernels(a: argparse.Namespace) -> list[str]:
     tasks, only = a.tasks or (["logprob"] if cpu else []), a.only or (["eager", "ours"] if cpu else [])
     providers = select(torch.device(a.device), tasks, only)
     runs, seconds = a.runs or (9 if cpu else 20), math.inf if cpu else a.seconds
-    return run_kernels(torch.device(a.device), cases, providers, runs, seconds, a.out)
+    return run_kernels(torch.device(a.device), cases, providers, runs, seconds, a.out, a.beside)
 
 
 def _train_drpo(a: argparse.Namespace) -> str:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.measure import Tensors, excess, interleave, largest_error, peak_extra_bytes, relative_error, run
+from bench.beside import Beside, commit_of
+from bench.measure import Step, Tensors, excess, interleave, largest_error, peak_extra_bytes, relative_error, run
 from bench.problems import FLOORS, TASKS, Case, make_problem
 from bench.providers import PROVIDERS, Provider
 from bench.results import RESULTS, append_row, device_name
@@ -27,6 +30,7 @@ ALONE = Case(1 << 20, 1, 1)  # for ops that take log-probs and no hidden states
 # V below and above the vocabulary share of one forward program
 CHECKED = (Case(65, 64, 1003, dead=0.5), Case(130, 128, 5003))
 NOT_INSTALLED = "not installed"
+NOT_IN_BUILD = "not in this build"
 ERRORS = ("logprob_error", "entropy_error", "hidden_grad_error", "weight_grad_error")
 COLUMNS = {  # key of a row -> heading and format in the table
     "forward_ms": ("forward ms", ".2f"),
@@ -64,9 +68,11 @@ def run_kernels(
     runs: int = 20,
     seconds: float = math.inf,
     folder: Path = RESULTS,
+    beside: Path | None = None,
 ) -> list[str]:
     """Measures all cases: prints a table and appends rows after each. Returns the faults of our ops.
 
+    Our ops of the checkout `beside` are measured in the same rounds; their rows have "ours, COMMIT" as provider.
     Runs in bfloat16 on a GPU and float32 on a CPU. `seconds` limits the time per implementation and case.
     """
     print(LEGEND, flush=True)
@@ -79,10 +85,11 @@ def run_kernels(
             faults[provider] = _reason(error, device)
     for case in cases:
         if here := competing(case, providers):
-            rows = measure_case(case, here, faults, dtype, device, runs, seconds)
-            print("\n" + table(rows, [case], here), flush=True)
+            old = [of_other_build(p, beside) for p in here if p.ours] if beside else []
+            rows = measure_case(case, here, faults, dtype, device, runs, seconds, beside)
+            print("\n" + table(rows, [case], [*here, *old]), flush=True)
             for row in rows:
-                if row["error"] != NOT_INSTALLED:
+                if row["error"] not in (NOT_INSTALLED, NOT_IN_BUILD):
                     append_row(row, folder)
     return [f"{p.task}, {p.name}: {reason}" for p, reason in faults.items() if reason]
 
@@ -110,13 +117,15 @@ def measure_case(
     device: torch.device,
     runs: int,
     seconds: float,
+    beside: Path | None = None,
 ) -> list[Row]:
     """Measures all implementations of a case, alternating; returns a row for each.
 
     The row of an implementation that fails holds the reason instead of numbers.
     """
     problem = make_problem(case, dtype, device)
-    rows, steps = {}, {}
+    rows: dict[Provider, Row] = {}
+    steps: dict[Provider, Step | Callable[[], tuple[float, float]]] = {}
     for name, group in groupby(providers, key=lambda provider: provider.task):
         task = TASKS[name]
         truth = task.truth(problem) if task.by_row else None
@@ -134,8 +143,20 @@ def measure_case(
                 steps[provider] = step
             except Exception as error:
                 row["error"] = _reason(error, device)
-    for provider, times in interleave(steps, device, runs, seconds).items():
-        rows[provider] |= {"error": _reason(times, device)} if isinstance(times, Exception) else times
+    with ExitStack() as processes:
+        for provider in [p for p in steps if p.ours and beside]:
+            assert beside is not None
+            old = of_other_build(provider, beside)
+            row = rows[old] = rows[provider] | _key(case, old) | dict.fromkeys(COLUMNS)
+            name = str(dtype).removeprefix("torch.")
+            asked = (case, provider.task, provider.name, name, device.type, torch.get_num_threads())
+            step = processes.enter_context(Beside(beside, *asked))
+            if step.extra_bytes is None:
+                row["error"] = NOT_IN_BUILD
+            else:
+                row["peak_extra_mb"], steps[old] = step.extra_bytes / 1e6, step
+        for provider, times in interleave(steps, device, runs, seconds).items():
+            rows[provider] |= {"error": _reason(times, device)} if isinstance(times, Exception) else times
     floors = [row["total_ms"] for provider, row in rows.items() if provider.task in FLOORS]
     for provider, row in rows.items():
         if provider.asked.given_logits and row["total_ms"]:  # logits are read twice and their gradient is written once
@@ -145,6 +166,11 @@ def measure_case(
             row["percent_of_floor"] = 100 * share * floors[-1] / row["total_ms"]
             row["gb_per_s"] = provider.asked.row_bytes * case.rows / row["total_ms"] / 1e6
     return [*rows.values()]
+
+
+def of_other_build(provider: Provider, folder: Path) -> Provider:
+    """Returns the entry of an implementation of the checkout in `folder`."""
+    return replace(provider, name=f"{provider.name}, {commit_of(folder)}")
 
 
 def _errors(outputs: Tensors, gradients: Tensors, true_outputs: list[Tensor], true_gradients: list[Tensor]) -> Row:

@@ -82,12 +82,13 @@ class Timer:
 
 
 def interleave(
-    steps: Mapping[Key, Step], device: torch.device, runs: int, seconds: float
+    steps: Mapping[Key, Step | Callable[[], tuple[float, float]]], device: torch.device, runs: int, seconds: float
 ) -> dict[Key, dict[str, Any] | Exception]:
     """Times the steps alternately for `runs` rounds, so that clock speed and heat affect all of them equally.
 
-    A step that has used up its `seconds` skips the rounds after `LEAST_RUNS`. Returns the medians of each step, with
-    the 20 % and 80 % quantiles of the total; for a step that raised an exception, returns the exception.
+    A step that is a function times itself and returns milliseconds of (forward, backward). A step that has used up its
+    `seconds` skips the rounds after `LEAST_RUNS`. Returns the medians of each step, with the 20 % and 80 % quantiles of
+    the total; for a step that raised an exception, returns the exception.
     """
     timer, times, failed = Timer(device), {key: [] for key in steps}, {}
     for _ in range(runs):
@@ -96,7 +97,7 @@ def interleave(
             if key in failed or (len(past) >= LEAST_RUNS and sum(map(sum, past)) > 1e3 * seconds):
                 continue
             try:
-                past.append(timer(step))
+                past.append(timer(step) if isinstance(step, Step) else step())
             except Exception as error:
                 failed[key] = error.with_traceback(None)  # a traceback would keep tensors alive
     return {key: failed.get(key) or _summary(past) for key, past in times.items()}

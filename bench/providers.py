@@ -22,7 +22,7 @@ from torch import Tensor
 
 from bench.measure import Tensors
 from bench.problems import FLOORS, TASKS, Problem, Task, pairs, policy, sft
-from fastrlhf_kernels import gae, linear_kl, linear_logprob, linear_policy_loss, logprob_from_logits
+from fastrlhf_kernels import gae, linear_kl, linear_logprob, linear_nll, linear_policy_loss, logprob_from_logits
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,10 @@ def ours(p: Problem, entropy: bool = False, impl: str = "auto") -> Tensors:
 def one_shot_policy(p: Problem) -> Tensors:
     rows = (p.targets, p.sampler_logprob, p.advantage, p.mask)
     return (linear_policy_loss(p.hidden, p.weight, *rows, num_tokens=len(p.targets)).loss,)
+
+
+def one_shot_sft(p: Problem) -> Tensors:
+    return (linear_nll(p.hidden, p.weight, p.targets, num_tokens=1).loss,)
 
 
 def eager_given_logits(p: Problem) -> Tensors:
@@ -281,6 +285,7 @@ PROVIDERS = (
     Provider("Liger CE, 16 x the memory", "sft", partial(liger_ce, reduction="sum", budget=16), LIGER, gpu=True),
     Provider("CCE", "sft", partial(cut_cross_entropy, reduction="sum"), CCE, gpu=True),
     Provider("ours", "sft", through(sft, ours), ours=True),
+    Provider("ours, one shot", "sft", one_shot_sft, ours=True),
     Provider("eager", "policy", through(policy, eager)),
     Provider("Liger GRPO", "policy", liger_grpo, LIGER, gpu=True),
     Provider("ours", "policy", through(policy, ours), ours=True),

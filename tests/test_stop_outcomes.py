@@ -75,7 +75,7 @@ def raiser(error: BaseException) -> Callable[..., None]:
 
 def at_step_3(patch: pytest.MonkeyPatch, act: Callable[[], object]) -> None:
     """Calls `act` in the third step, before any weight moves."""
-    forward, calls = sft.token_logprobs, []
+    forward, calls = sft.token_nll, []
 
     def acting(*arguments, **keywords):
         calls.append(1)
@@ -83,7 +83,7 @@ def at_step_3(patch: pytest.MonkeyPatch, act: Callable[[], object]) -> None:
             act()
         return forward(*arguments, **keywords)
 
-    patch.setattr(sft, "token_logprobs", acting)
+    patch.setattr(sft, "token_nll", acting)
 
 
 def damage(*checkpoints: Path) -> None:

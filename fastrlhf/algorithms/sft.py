@@ -20,7 +20,7 @@ from fastrlhf.data.given import Rows
 from fastrlhf.data.packing import check_micro_batch, joined, moved, num_computed, own_micro_batches, pack, sequence
 from fastrlhf.data.token_set import TokenSet
 from fastrlhf.distributed.ranks import total
-from fastrlhf.models.forward import token_logprobs
+from fastrlhf.models.forward import token_logprobs, token_nll
 from fastrlhf.models.given import policy_or_given
 from fastrlhf.models.precision import resolved
 from fastrlhf.models.router_loss import begin_step
@@ -81,8 +81,7 @@ def train_sft(
             begin_step(model, len(indices))
             loss = torch.zeros((), device=model.device)
             for batch in run.parts(drawn.packs):
-                logprob = token_logprobs(model, moved(batch, model.device)).logprob
-                micro_loss = -logprob.sum() / drawn.num_trained
+                micro_loss = token_nll(model, moved(batch, model.device), num_tokens=drawn.num_trained)
                 micro_loss.backward()
                 loss += micro_loss.detach()
             metrics = {"loss": total(loss).item(), **optimizer.step(), "num_tokens": drawn.num_tokens}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import reduce
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,9 +15,10 @@ from fastrlhf.algorithms.experience import Pack, pack_episodes
 from fastrlhf.algorithms.open_update import OpenUpdate
 from fastrlhf.config import PPOConfig
 from fastrlhf.distributed.ranks import gathered, total
-from fastrlhf.models.forward import scored_states, state_kl, state_logprobs, token_values
+from fastrlhf.models.forward import scored_states, state_kl, state_logprobs, state_policy_loss, token_values
 from fastrlhf.models.router_loss import begin_step
 from fastrlhf.runtime.optim import Optimizer
+from fastrlhf.runtime.step_metrics import StepMetrics
 from fastrlhf.types import Experience, Rollout
 from fastrlhf_kernels import LossOutput, Metric, Sum, policy_loss, value_loss
 from fastrlhf_kernels.policy_loss import LOSS_TYPES
@@ -60,6 +62,7 @@ def update(
         drift = torch.zeros((), device=policy.device)
         for model in (policy, critic) if critic else (policy,):
             begin_step(model, config.batch_size // config.num_mini_batches)
+        live_share = 0.0 if critic_only else _live_share(config, experience, policy_totals)
         for item in mini:
             inside = item.index if alone else in_mini
             share = len(mini) if alone else 1
@@ -69,7 +72,7 @@ def update(
                 if config.aggregation == "constant":
                     limit = config.batch_size // config.num_mini_batches * config.response_length
                     weight = (num_tokens / limit).expand(len(item.index))
-                chosen = _policy_loss(config, policy, reference, experience, item, weight, num_tokens)
+                chosen = _policy_loss(config, policy, reference, experience, item, weight, num_tokens, live_share)
                 chosen.loss.backward()  # before the critic's forward, to save memory
                 policy_totals.add(_averaged(chosen.metrics, "tokens") if alone else chosen.metrics)
                 drift += chosen.metrics["approx_kl"].value / num_tokens
@@ -151,6 +154,18 @@ def _with_mean_1(shares: Tensor, index: Tensor, inside: Tensor, count: Tensor | 
     return shares[index] * (count / shares[inside].sum())
 
 
+def _live_share(config: PPOConfig, experience: Experience, finished: StepMetrics) -> float:
+    """Returns the share of rows that are expected to have a gradient: the trained rows with an advantage, without the
+    share that was clipped in the `finished` mini-batches of the update. With an entropy bonus or a KL in the loss every
+    trained row has a gradient."""
+    trained = experience.trained
+    if config.entropy_coef > 0 or config.kl_placement == "loss":
+        return trained.float().mean().item()
+    live = (trained & (experience.advantage != 0)).float().mean().item()
+    clips = config.loss_type != "cispo"  # in CISPO a clipped ratio is a constant factor of the gradient
+    return live * (1 - clips * finished.own_mean("clip_fraction", "tokens"))
+
+
 def _policy_loss(
     config: PPOConfig,
     policy: PreTrainedModel,
@@ -159,42 +174,44 @@ def _policy_loss(
     item: Pack,
     weight: Tensor | None,
     num_tokens: Tensor,
+    live_share: float,
 ) -> LossOutput:
     """Computes the loss of one pack, divided by `num_tokens`; `weight` [R of the pack] has mean 1 over the mini-batch.
     The metrics are those of `policy_loss`; `kl` is the estimate of `kl_estimator` if the KL is in the loss.
     """
-    index, mask = item.index, experience.trained[item.index]
+    index, heat = item.index, item.temperature
+    mask, states, targets = experience.trained[index], scored_states(policy, item.batch), item.batch.targets
+    rows = (experience.sampler_logprob[index], experience.advantage[index], mask)
     sampled = config.kl_placement == "loss" and config.kl_estimator != "exact"
-    heat, kept, entropy = item.temperature, item.kept, config.entropy_coef > 0
-    states, exact = scored_states(policy, item.batch), None
+    importance = None if experience.weight is None else experience.weight[index]
+    weights = [x for x in (weight, importance) if x is not None]
+    entropy, token_weight = config.entropy_coef > 0, reduce(torch.mul, weights) if weights else None
+    options: dict[str, Any] = {
+        "num_tokens": num_tokens,
+        "loss_type": config.loss_type if config.loss_type in LOSS_TYPES else "ppo",
+        "clip_low": 1.0 if config.loss_type == "cispo" else config.cliprange,  # CISPO bounds the ratio only from above
+        "clip_high": config.cliprange if config.cliprange_high is None else config.cliprange_high,
+        "dual_clip": config.dual_clip,
+        "reference_logprob": experience.reference_logprob[index] if sampled else None,
+        "kl_coef": experience.kl_coef if sampled else 0.0,
+        "kl_kind": "k3" if config.kl_estimator == "k3" else "k2",
+        "entropy_coef": config.entropy_coef,
+    }
+    exact = None
     if experience.reference_states is not None:
         assert reference is not None
         known = experience.reference_states[index]
-        scored = state_kl(policy, states, reference, known, item.batch.targets, temperature=heat, entropy=entropy)
+        scored = state_kl(policy, states, reference, known, targets, temperature=heat, entropy=entropy)
         exact = scored.kl
+    elif item.kept is not None or config.loss_type == "gspo":
+        scored = state_logprobs(policy, states, targets, temperature=heat, kept=item.kept, entropy=entropy)
     else:
-        scored = state_logprobs(policy, states, item.batch.targets, temperature=heat, kept=kept, entropy=entropy)
+        options |= {"temperature": heat, "token_weight": token_weight, "live_share": live_share}
+        return state_policy_loss(policy, states, targets, *rows, **options)
     assert scored.logprob is not None
-    importance = None if experience.weight is None else experience.weight[index]
-    weights = [x for x in (weight, importance) if x is not None]
-    loss, metrics = policy_loss(
-        scored.logprob,
-        experience.sampler_logprob[index],
-        experience.advantage[index],
-        mask,
-        num_tokens=num_tokens,
-        loss_type=config.loss_type if config.loss_type in LOSS_TYPES else "ppo",
-        cu_seqlens=item.batch.cu_rows if config.loss_type == "gspo" else None,
-        clip_low=1.0 if config.loss_type == "cispo" else config.cliprange,  # CISPO bounds the ratio only from above
-        clip_high=config.cliprange if config.cliprange_high is None else config.cliprange_high,
-        dual_clip=config.dual_clip,
-        reference_logprob=experience.reference_logprob[index] if sampled else None,
-        kl_coef=experience.kl_coef if sampled else 0.0,
-        kl_kind="k3" if config.kl_estimator == "k3" else "k2",
-        weight=reduce(torch.mul, weights) if weights else None,
-        entropy=scored.entropy,
-        entropy_coef=config.entropy_coef,
-    )
+    segments = item.batch.cu_rows if config.loss_type == "gspo" else None
+    options |= {"cu_seqlens": segments, "weight": token_weight, "entropy": scored.entropy}
+    loss, metrics = policy_loss(scored.logprob, *rows, **options)
     if exact is None:
         return LossOutput(loss, metrics)
     # The KL of a state does not depend on the token drawn there, so it gets no importance weight.

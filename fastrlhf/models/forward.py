@@ -24,7 +24,16 @@ from fastrlhf.models.router_loss import wanted, with_router_loss
 from fastrlhf.models.sharding import backbone_of, runs_in_step
 from fastrlhf.models.vocabulary import head_of, rows_of
 from fastrlhf.types import KeptTokens, PackedBatch
-from fastrlhf_kernels import TokenKL, TokenLogprobs, linear_kept_logprob, linear_kl, linear_logprob
+from fastrlhf_kernels import (
+    LossOutput,
+    TokenKL,
+    TokenLogprobs,
+    linear_kept_logprob,
+    linear_kl,
+    linear_logprob,
+    linear_nll,
+    linear_policy_loss,
+)
 
 _NEW_NAME = hasattr(PreTrainedModel, "activation_checkpointing_enable")  # transformers 5.17 has only the old name
 CHECKPOINTING = "activation_checkpointing" if _NEW_NAME else "gradient_checkpointing"
@@ -230,6 +239,35 @@ def state_logprobs(
         entropy=entropy,
         stats=stats,
     )
+
+
+def token_nll(model: PreTrainedModel, batch: PackedBatch, *, num_tokens: float, form: str = "auto") -> Tensor:
+    """Returns the sum [] float32 of the negative log-probs, in nats, of all scored tokens of the pack, divided by
+    `num_tokens`. `form` is that of `linear_nll`: whether the gradients of the head are computed in the forward pass
+    ("one_shot"), in the backward pass ("two_steps") or in the one that is faster."""
+    states = scored_states(model, batch)
+    (weight, bias), found = head_of(model), logit_map(model)
+    targets = rows_of(model, batch.targets)
+    options: dict[str, Any] = {"bias": bias, "logit_scale": found.scale, "softcap": found.softcap}
+    return linear_nll(states, weight, targets, num_tokens=num_tokens, form=form, **options).loss
+
+
+def state_policy_loss(
+    model: PreTrainedModel,
+    states: Tensor,
+    targets: Tensor,
+    sampler_logprob: Tensor,
+    advantage: Tensor,
+    mask: Tensor,
+    **options: Any,
+) -> LossOutput:
+    """Computes PPO's loss and its metrics from given `scored_states` [R, D]; targets [R] int64, the other rows [R].
+    `options` are those of `linear_policy_loss`, which chooses whether the gradients are computed in the forward or in
+    the backward pass."""
+    (weight, bias), found = head_of(model), logit_map(model)
+    rows = (rows_of(model, targets), sampler_logprob, advantage, mask)
+    options |= {"bias": bias, "logit_scale": found.scale, "softcap": found.softcap}
+    return linear_policy_loss(states, weight, *rows, **options)
 
 
 def state_kl(

@@ -32,6 +32,14 @@ class StepMetrics:
             for name, value, maximum in zip(names, sums, maxima, strict=True)
         }
 
+    def own_mean(self, name: str, count: str) -> float:
+        """Returns the sum called `name` divided by the sum called `count`, both of this rank only; 0 if nothing has
+        been added. It waits for the GPU once."""
+        if not self._totals:
+            return 0.0
+        value, number = torch.stack([self._totals[one].value for one in (name, count)]).tolist()
+        return value / max(number, 1.0)
+
     def by_rank(self) -> list[dict[str, tuple[str, float]]]:
         """Returns the metrics so far as JSON values, for a checkpoint: for each rank, name -> (kind, value). Every rank
         must call it."""

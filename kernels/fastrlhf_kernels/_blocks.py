@@ -113,6 +113,12 @@ def fold(state: tuple[Tensor, ...], z: Tensor, column: Tensor, entropy: bool, st
     gap = sum exp(z - peak) (peak - z), sum of logits), [rows] each; the last two are empty unless requested by
     `entropy` and `stats`.
     """
+    return merged(state, statistics(z, column, entropy, stats))
+
+
+def statistics(z: Tensor, column: Tensor, entropy: bool, stats: bool) -> tuple[Tensor, ...]:
+    """Returns the statistics of `fold` for one block of logits z, with a target of NaN in rows whose target lies
+    outside. Without `entropy` it replaces z by exp(z - peak)."""
     inside, index = locate(column, z)
     target = z.gather(1, index)[:, 0].where(inside, float("nan"))
     logit_sum = z.sum(1) if stats else z.new_empty(0)
@@ -123,15 +129,20 @@ def fold(state: tuple[Tensor, ...], z: Tensor, column: Tensor, entropy: bool, st
         total, gap = mass.sum(1), -mass.mul_(z).sum(1)
     else:
         total, gap = exp_(z).sum(1), z.new_empty(0)
-    if not state:
-        return peak, total, target, gap, logit_sum
+    return peak, total, target, gap, logit_sum
 
+
+def merged(state: tuple[Tensor, ...], block: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Merges the running statistics `state`, which are () before the first block, with those of another block."""
+    if not state:
+        return block
+    peak, total, target, gap, logit_sum = block
     old_peak, old_total, old_target, old_gap, old_sum = state
     top = torch.maximum(peak, old_peak)
     new, old = (peak - top).exp(), (old_peak - top).exp()
-    if entropy:
+    if len(gap):
         gap = new * (gap + (top - peak) * total) + old * (old_gap + (top - old_peak) * old_total)
-    return top, new * total + old * old_total, target.where(inside, old_target), gap, logit_sum + old_sum
+    return top, new * total + old * old_total, target.where(~target.isnan(), old_target), gap, logit_sum + old_sum
 
 
 def locate(column: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:

@@ -21,35 +21,23 @@ from torch import Tensor
 
 from fastrlhf_kernels import _head
 from fastrlhf_kernels._blocks import (
-    LOWEST,
     Logits,
     Selection,
     add_product,
-    fold,
     gradient,
     gradients_like,
-    locate,
+    merged,
     product,
     set_target,
     slopes,
+    statistics,
 )
-from fastrlhf_kernels._checks import check_choice, check_first_derivative
+from fastrlhf_kernels._checks import check_first_derivative
+from fastrlhf_kernels._form import Needs, chunk_rows, gpu_memory
 from fastrlhf_kernels._tiles import STORING, cdiv, choose_tiles, row_major
 from fastrlhf_kernels.linear_logprob import check_rows_that_count
 
-CPU_ROWS, GPU_ROWS = 512, 4096
-"""Largest number of rows of a chunk."""
-MULTIPLE = 128
-GPU_SHARE = 64
-"""On a GPU the logits of a chunk take at most 1 / GPU_SHARE of its memory; a chunk has at least GPU_ROWS / 4 rows."""
 CAST_ROWS = 8192
-ONE_CHUNK_FROM, CHUNKS_FROM = 512, 1536
-"""On a GPU, the numbers of rows (of a single chunk, and of each of several chunks) from which the product that is saved
-takes longer than the added traffic of a trained head: 2 F / B and 6 F / B rows for F operations and B bytes per second.
-On an H100 that is 470 and 1411 rows."""
-
-Needs = tuple[bool, bool, bool]
-"""Whether hidden, weight and bias need a gradient."""
 
 
 class Head(NamedTuple):
@@ -66,27 +54,6 @@ class Head(NamedTuple):
 
 Derivatives = Callable[[slice, Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
 """(rows of a chunk, their logprob, their entropy or None) -> derivatives of the loss with respect to both"""
-
-
-def takes_one_shot(
-    form: str, num_rows: int, weight: Tensor, trains_weight: bool, triton: bool, live_share: float = 1.0
-) -> bool:
-    """Returns whether an op with the argument `form` takes the one-shot form; with "auto" the faster form is taken.
-
-    On a CPU that is the one-shot form, which leaves out rows without a gradient. On a GPU it computes two products for
-    every row, and `linear_logprob` three for the share `live_share` of rows with a gradient; a trained head also costs
-    memory traffic, which pays only from some number of rows on. Raises ValueError for an unknown form.
-    """
-    check_choice("form", form, ("auto", "one_shot", "two_steps"))
-    if form != "auto" or weight.device.type == "cpu":
-        return form != "two_steps"
-    if live_share < 2 / 3:
-        return False
-    if not trains_weight:
-        return True
-    native = weight.dtype == torch.bfloat16 or not triton
-    step = chunk_rows(num_rows, len(weight) * (2 if native and triton else 4), weight.device)
-    return num_rows >= ONE_CHUNK_FROM if step >= num_rows else step >= CHUNKS_FROM
 
 
 def one_shot(
@@ -117,6 +84,8 @@ def one_shot(
         for start in range(0, len(taken), chunks.step):
             block = slice(start, min(start + chunks.step, len(taken)))
             logprob[block], row_entropy[block], peak, total = chunks.fold(block, targets[block], ignore, entropy)
+            if not any(needs):
+                continue
             g, on_entropy = derivatives(block, logprob[block], row_entropy[block] if entropy else None)
             row_factor = factor[block] if isinstance(factor, Tensor) else factor
             known = None if on_entropy is None else row_entropy[block]
@@ -232,8 +201,9 @@ class Sums:
 class _TorchChunks:
     """Processes rows in chunks in torch; holds the logits of the current chunk and the gradients summed so far.
 
-    On a CPU, if neither entropy nor soft cap is asked for, the logits of a part of the vocabulary are replaced by their
-    softmax, which torch computes in one pass, and no exponential is computed twice. Otherwise the logits are kept.
+    On a CPU, if neither entropy nor soft cap is asked for, the logits of a part of the vocabulary are replaced by
+    exp(z - largest logit of the part), and no exponential is computed twice. Otherwise the logits are kept. The
+    log-probs have the bits of `linear_logprob`, so that the ratio of a policy that has not moved is exactly 1.
     """
 
     def __init__(self, head: Head, dead: Tensor | None, needs: Needs, entropy: bool) -> None:
@@ -241,7 +211,7 @@ class _TorchChunks:
         self.logits = Logits.of(hidden, *head[1:])
         on_cpu = hidden.device.type == "cpu"
         self.keeps_masses, self.counts = on_cpu and not entropy and head.softcap is None, on_cpu
-        self.step = chunk_rows(len(hidden), len(head.weight) * 4, hidden.device)
+        self.step = chunk_rows(len(hidden), len(head.weight) * 4, gpu_memory(hidden.device))
         self.sums = Sums.of(head, needs, num_chunks=cdiv(len(hidden), self.step), on_hidden=torch.float32)
         rows, widths = min(self.step, len(hidden)), [len(part.weight) for part in self.logits.parts()]
         # One tensor per part of the vocabulary: products with rows that lie far apart in memory are slower.
@@ -249,35 +219,21 @@ class _TorchChunks:
         self.factors: list[Tensor] = []
 
     def fold(self, block: slice, targets: Tensor, ignore: int, entropy: bool) -> tuple[Tensor, ...]:
-        """Computes the logits of a chunk, keeps them or their softmax over each part in `z`, and returns (logprob,
-        entropy or 0, peak, total = sum exp(z - peak)), [rows] each."""
-        state, pieces, target = (), [], torch.full_like(targets, float("nan"), dtype=torch.float32)
+        """Computes the logits of a chunk, keeps them or their exponentials in `z`, and returns (logprob, entropy or 0,
+        peak, total = sum exp(z - peak)), [rows] each."""
+        state: tuple[Tensor, ...] = ()
+        peaks = []
         for z, part in zip(self.z, self.logits.parts(), strict=True):
             own = self.logits.block(block, part, out=z[: len(targets)])
-            if not self.keeps_masses:
-                state = fold(state, own.clone(), targets - part.start, entropy, False)
-                continue
-            inside, index = locate(targets - part.start, own)
-            target = own.gather(1, index)[:, 0].where(inside, target)
-            top = own.amax(1).clamp_(min=LOWEST)
-            torch.softmax(own, 1, out=own)
-            largest = own.amax(1)  # exp(0), times the factor that all masses of the row share in this part
-            if part.bias is not None:  # a bias may forbid all tokens of a part
-                forbidden = top == LOWEST
-                own.masked_fill_(forbidden[:, None], 0)
-                largest = largest.masked_fill(forbidden, 1)
-            pieces.append((top, largest, own.sum(1)))
-        if not self.keeps_masses:
-            peak, total, target, gap, _ = state  # pyright: ignore[reportAssignmentType]
-            log_total = total.log()
-            row_entropy = log_total + gap / total if entropy else torch.zeros_like(peak)
-            return target - peak - log_total, row_entropy, peak, total
-        tops, largest, sums = (torch.stack(rows) for rows in zip(*pieces, strict=True))
-        peak = tops.amax(0)
-        factors = (tops - peak).exp() / largest
-        total = (factors * sums).sum(0)
-        self.factors = list(factors)
-        return target - peak - total.log(), torch.zeros_like(peak), peak, total
+            found = statistics(own if self.keeps_masses else own.clone(), targets - part.start, entropy, False)
+            state = merged(state, found)
+            peaks.append(found[0])
+        peak, total, target, gap, _ = state
+        log_total = total.log()
+        if self.keeps_masses:
+            self.factors = [(own - peak).exp() for own in peaks]
+        row_entropy = log_total + gap / total if entropy else torch.zeros_like(peak)
+        return target - peak - log_total, row_entropy, peak, total
 
     def add_gradient(
         self, block: slice, targets: Tensor, peak: Tensor, level: Tensor, tilt: Tensor | None, at_target: Tensor
@@ -334,7 +290,7 @@ class _TritonChunks:
         native = head.hidden.dtype == head.weight.dtype == torch.bfloat16
         self.dtype = torch.bfloat16 if native else torch.float32
         vocab = cdiv(len(head.weight), 16) * 16  # cuBLAS and TMA need rows that start at multiples of 16 bytes
-        self.step = chunk_rows(num_rows, vocab * self.dtype.itemsize, device)
+        self.step = chunk_rows(num_rows, vocab * self.dtype.itemsize, gpu_memory(device))
         self.sums = Sums.of(head, needs, num_chunks=cdiv(num_rows, self.step), on_hidden=self.dtype)
         heavy = _head.is_heavy(head.bias, head.row_temperature, head.softcap)
         self.tiles = choose_tiles(STORING, self.head.hidden, self.head.weight, heavy)
@@ -376,23 +332,6 @@ class _TritonChunks:
             hidden = hidden if self.dead is None else hidden.masked_fill(self.dead[block], 0)
             self.sums.add_to_weight(dx, hidden.to(self.dtype), slice(None))
         self.sums.begun = True
-
-
-def chunk_rows(num_rows: int, row_bytes: int, device: torch.device) -> int:
-    """Number of rows of a chunk, for `num_rows` rows whose logits take `row_bytes` each: all chunks have about the same
-    number, a multiple of MULTIPLE.
-
-    A CPU takes at most a quarter of the rows, so that the op needs far less memory than all logits would. A GPU takes
-    GPU_ROWS, because every chunk reads the weight twice and its gradient once; a small GPU takes fewer. That depends on
-    the whole memory of the GPU and not on its free memory, so that a run always adds in the same order.
-    """
-    if device.type == "cpu":
-        most = min(CPU_ROWS, max(num_rows // 4, MULTIPLE))
-    else:
-        memory = torch.cuda.get_device_properties(device).total_memory
-        most = min(GPU_ROWS, max(memory // GPU_SHARE // row_bytes, GPU_ROWS // 4))
-    num_chunks = max(cdiv(num_rows, most), 1)
-    return max(cdiv(cdiv(num_rows, num_chunks), MULTIPLE), 1) * MULTIPLE
 
 
 def _rows_of(tensor: Tensor | None, block: slice) -> Tensor | None:

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from fastrlhf_kernels._blocks import Selection
 from fastrlhf_kernels._checks import check_tensor, divisor
-from fastrlhf_kernels._one_shot import Head, fake_gradients, one_shot, save_gradients, scaled_gradients, takes_one_shot
+from fastrlhf_kernels._form import find_needs, takes_one_shot
+from fastrlhf_kernels._one_shot import Head, fake_gradients, one_shot, save_gradients, scaled_gradients
 from fastrlhf_kernels._triton import use_triton
 from fastrlhf_kernels.linear_logprob import checked_transform, linear_logprob, linear_logprob_reference
 from fastrlhf_kernels.types import LossOutput, Sum
@@ -55,8 +56,8 @@ def linear_nll(
         token_weight = token_weight.detach().float().where(targets != ignore_index, 0)
     tokens = Sum((targets != ignore_index).sum(dtype=torch.float32))
     leaves = (hidden, weight, bias)
-    needs = [torch.is_grad_enabled() and leaf is not None and leaf.requires_grad for leaf in leaves]
-    if not takes_one_shot(form, len(hidden), weight, needs[1], triton):
+    needs = find_needs(*leaves)
+    if not takes_one_shot(form, len(hidden), weight, needs, triton):
         options: dict[str, Any] = {"logit_scale": logit_scale, "softcap": softcap, "ignore_index": ignore_index}
         out = linear_logprob(hidden, weight, targets, bias=bias, temperature=temperature, **options, impl=impl)
         nll = -out.logprob.sum()

@@ -3,7 +3,8 @@
 The forward computes the gradients too, with three matrix products instead of the four of the two-step form, and two
 instead of three if the head is frozen; `_one_shot.py` says how. On a CPU rows without a gradient (outside the mask,
 clipped, advantage 0) are left out of the last two products. On a GPU they cost both products, because counting them
-would make the host wait; the two-step form waits and skips them, and is taken if `live_share` is below 2/3.
+would make the host wait; the two-step form waits and skips them, and is taken if `live_share` is below 2/3 (on a CPU
+below 1/4).
 
 Losses of whole sequences (`pair_loss`, gspo) need every token of a sequence first and use the two-step form.
 
@@ -18,7 +19,8 @@ import torch
 from torch import Tensor
 
 from fastrlhf_kernels._blocks import Selection
-from fastrlhf_kernels._one_shot import Head, fake_gradients, one_shot, save_gradients, scaled_gradients, takes_one_shot
+from fastrlhf_kernels._form import find_needs, takes_one_shot
+from fastrlhf_kernels._one_shot import Head, fake_gradients, one_shot, save_gradients, scaled_gradients
 from fastrlhf_kernels._triton import use_triton
 from fastrlhf_kernels.linear_logprob import checked_transform, linear_logprob, linear_logprob_reference
 from fastrlhf_kernels.policy_loss import (
@@ -72,9 +74,9 @@ def linear_policy_loss(
     if loss_type == "gspo":
         raise ValueError("loss_type: gspo needs every token of a sequence first; call linear_logprob, then policy_loss")
     leaves, entropy = (hidden, weight, bias), entropy or entropy_coef != 0
-    needs = [torch.is_grad_enabled() and leaf is not None and leaf.requires_grad for leaf in leaves]
+    needs = find_needs(*leaves)
     triton = use_triton(impl, hidden.device)
-    if not takes_one_shot(form, len(hidden), weight, needs[1], triton, live_share):
+    if not takes_one_shot(form, len(hidden), weight, needs, triton, live_share):
         head: dict[str, Any] = {"logit_scale": logit_scale, "softcap": softcap, "ignore_index": ignore_index}
         out = linear_logprob(
             hidden, weight, targets.where(mask, ignore_index), bias=bias, temperature=temperature, **head,

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastrlhf_kernels import _one_shot as module
+from fastrlhf_kernels import _form as module
 from fastrlhf_kernels import _tiles as tiles
 from fastrlhf_kernels import linear_nll
 from fastrlhf_kernels.linear_nll import linear_nll_reference
@@ -13,6 +13,7 @@ from fastrlhf_kernels.linear_nll import linear_nll_reference
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "CPU_ROWS", 16)
+    monkeypatch.setattr(module, "CPU_BYTES", 0)
     monkeypatch.setattr(module, "MULTIPLE", 16)
     monkeypatch.setattr(tiles, "INTERPRETER", tiles.Tiles(16, 16, 16, 4, 1, descriptors=False))
 

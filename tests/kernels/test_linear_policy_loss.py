@@ -12,13 +12,14 @@ from fastrlhf_kernels.linear_policy_loss import linear_policy_loss, linear_polic
 from fastrlhf_kernels.policy_loss import policy_loss, policy_loss_reference
 from tests.tolerance import assert_op_matches
 
-module = sys.modules["fastrlhf_kernels._one_shot"]
+module = sys.modules["fastrlhf_kernels._form"]
 HEAD_OPTIONS = {"temperature": torch.linspace(0.5, 2, 37), "logit_scale": 1.5, "softcap": 3.0}
 
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "CPU_ROWS", 16)
+    monkeypatch.setattr(module, "CPU_BYTES", 0)
     monkeypatch.setattr(module, "MULTIPLE", 16)
     monkeypatch.setattr(tiles, "INTERPRETER", tiles.Tiles(16, 16, 16, 4, 1, descriptors=False))
 

@@ -1,17 +1,25 @@
+from typing import cast
+
 import pytest
 import torch
 
 from fastrlhf.data.packing import pack
 from fastrlhf.models.forward import (
+    LogitMap,
     enable_activation_checkpointing,
     scored_states,
     sequence_scores,
+    set_logit_map,
     state_kl,
+    state_logprobs,
+    state_policy_loss,
     token_logprobs,
+    token_nll,
     token_values,
 )
 from fastrlhf.models.loading import load_reward_model
 from fastrlhf.types import Segment
+from fastrlhf_kernels import policy_loss
 from tests import tiny
 
 SEQUENCES = [[5, 6, 7, 8, 9, 10, 11], [12, 13], [5, 6, 7, 20, 21, 22, 23, 24, 25]]
@@ -146,3 +154,68 @@ def test_activation_checkpointing_changes_no_bit_and_saves_memory(name):
         kept.append(saved_bytes(model, forest))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
     assert kept[1] < 0.5 * kept[0]
+
+
+def gradients(model, loss: torch.Tensor) -> list[torch.Tensor | None]:
+    model.zero_grad()
+    loss.backward()
+    return [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+
+
+def assert_same_gradients(found, expected) -> None:
+    for a, b in zip(found, expected, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            assert (a - b).norm() <= 1e-6 * b.norm()
+
+
+def heads(name: str, kind: str):
+    """Returns a model whose head is tied to the embedding, is frozen, is trained without the backbone, has a bias, or
+    has a scale of its logits."""
+    model = tiny.policy(name)
+    head = cast(torch.nn.Linear, model.get_output_embeddings())
+    if kind == "tied":
+        model.model.embed_tokens.weight = head.weight
+    elif kind == "frozen":
+        head.weight.requires_grad_(False)
+    elif kind == "only the head":
+        model.requires_grad_(False)
+        head.weight.requires_grad_(True)
+    elif kind == "bias":
+        head.bias = torch.nn.Parameter(torch.linspace(-1, 1, len(head.weight)))
+    elif kind == "scale":
+        set_logit_map(model, LogitMap(scale=0.5))
+    return model
+
+
+KINDS = [(name, "plain") for name in tiny.ARCHITECTURES] + [
+    ("llama", kind) for kind in ("tied", "frozen", "only the head", "bias", "scale")
+]
+
+
+@pytest.mark.parametrize(("name", "kind"), KINDS)
+def test_losses_with_gradients_in_the_forward_pass_equal_those_in_two_steps(name, kind):
+    """Gemma has a soft cap. The two packs are summed, as in a step of several micro-batches."""
+    model, packs = heads(name, kind), [pack([scored(ids) for ids in part]) for part in (SEQUENCES[:2], SEQUENCES[2:])]
+    forms = [[token_nll(model, each, num_tokens=7, form=form) for each in packs] for form in ("one_shot", "auto")]
+    plain = torch.stack([-token_logprobs(model, each).logprob.sum() / 7 for each in packs]).sum()
+    expected = gradients(model, plain)
+    for loss in (torch.stack(losses).sum() for losses in forms):
+        assert loss.item() == pytest.approx(plain.item(), rel=1e-6)
+        assert_same_gradients(gradients(model, loss), expected)
+
+    rows = torch.linspace(-3, -1, 8), torch.linspace(-1, 2, 8), torch.tensor([True] * 6 + [False] * 2)
+    options: dict = {"num_tokens": 6, "entropy_coef": 0.1, "dual_clip": 3.0}
+    batch = packs[1]
+    heat = torch.linspace(0.5, 1.5, 8)
+    states = scored_states(model, batch)
+    scores = state_logprobs(model, states, batch.targets, temperature=heat, entropy=True)
+    two = policy_loss(scores.logprob, *rows, **options, entropy=scores.entropy)
+    expected = gradients(model, two.loss)
+    states = scored_states(model, batch)
+    one = state_policy_loss(model, states, batch.targets, *rows, **options, temperature=heat, form="one_shot")
+    assert one.loss.item() == pytest.approx(two.loss.item(), rel=1e-6)
+    assert list(one.metrics) == list(two.metrics)
+    for a, b in zip(one.metrics.values(), two.metrics.values(), strict=True):
+        assert a.value.item() == pytest.approx(b.value.item(), rel=2e-6, abs=1e-6)
+    assert_same_gradients(gradients(model, one.loss), expected)

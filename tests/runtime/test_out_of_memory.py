@@ -53,7 +53,7 @@ def test_the_line_says_how_much_was_asked_for_and_ends_in_the_notes():
 @pytest.mark.parametrize(
     ("kind", "module", "name", "call"),
     [
-        ("sft", sft, "token_logprobs", 5),  # calls 1 to 3 are steps, 4 is the evaluation, 5 is step 4
+        ("sft", sft, "token_nll", 4),  # step 4, after the evaluation
         # The fourth call of `update` fails, after the scores were normalised and the judge has drawn random numbers.
         ("ppo", ppo, "update", 4),
         ("drpo", ppo, "update", 4),
@@ -105,7 +105,7 @@ def test_the_command_prints_place_parts_and_advice(tmp_path, monkeypatch, capsys
     settings = measure.settings(tmp_path, "sft", measure.SMALL, "reward")
     settings |= {"output_dir": str(tmp_path / "run"), "max_steps": 3}
     flags = [part for key, value in settings.items() for part in (f"--{key}", str(value))]
-    fail_at(monkeypatch, sft, "token_logprobs", 3)  # two micro-batches per step; this call is in the second step
+    fail_at(monkeypatch, sft, "token_nll", 3)  # two micro-batches per step; this call is in the second step
     assert main(["sft", *flags]) == 1
     told = capsys.readouterr().err.splitlines()[-1]
     assert told.startswith("fastrlhf sft: out of memory in a forward or backward (2.00 GiB more); saved as ")

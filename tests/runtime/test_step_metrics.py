@@ -27,3 +27,10 @@ def test_a_checkpoint_continues_the_sums_bit_for_bit_and_those_of_other_ranks_in
     of_two = StepMetrics()
     of_two.load([saved[0], {name: [kind, 2.0] for name, (kind, _) in saved[0].items()}], torch.device("cpu"))
     assert of_two.means("pairs") == {"loss": (third + 2).item() / 3, "pairs": 1.0, "top": 2.0}
+
+
+def test_the_mean_of_this_rank_is_0_before_anything_was_added():
+    totals = StepMetrics()
+    assert totals.own_mean("clipped", "tokens") == 0.0
+    totals.add({"clipped": Sum(torch.tensor(3.0)), "tokens": Sum(torch.tensor(12.0))})
+    assert totals.own_mean("clipped", "tokens") == 0.25

@@ -3,8 +3,8 @@
 The trainer's own forward pass runs on fake tensors (torch.FakeTensorMode), which have a shape, a dtype and a storage
 size but no data. The storage of every operator's result is counted from its creation until it is freed. The count
 therefore includes saved activations, gradients and temporaries, for any architecture. Memory that an operator uses
-internally is not visible; the largest such part, the blocks of logits in `linear_logprob`, is computed by a formula
-(see `_Tally._workspace`).
+internally is not visible; the largest such part, the blocks of logits in `linear_logprob` and `linear_nll`, is computed
+by a formula (see `_Tally._workspace`).
 """
 
 from __future__ import annotations
@@ -31,13 +31,20 @@ from transformers import (
 from fastrlhf.config import TrainConfig
 from fastrlhf.data.packing import pack
 from fastrlhf.models.adapters import inject
-from fastrlhf.models.forward import enable_activation_checkpointing, sequence_scores, token_logprobs, token_values
+from fastrlhf.models.forward import (
+    enable_activation_checkpointing,
+    sequence_scores,
+    token_logprobs,
+    token_nll,
+    token_values,
+)
 from fastrlhf.models.four_bit import empty_weight, quantize_without_data, state_tensors
 from fastrlhf.models.loading import DTYPES, make_trainable
 from fastrlhf.models.reward_head import scorer_class
 from fastrlhf.models.router_loss import begin_step
 from fastrlhf.types import PackedBatch, Segment
 from fastrlhf_kernels._blocks import CPU_BLOCK
+from fastrlhf_kernels._form import is_faster, workspace_bytes
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -74,10 +81,12 @@ class Fakes:
     dtype: str
     is_cuda: bool
     mode: FakeTensorMode
+    memory: int = 0
+    """Bytes of the GPU"""
 
     @staticmethod
-    def of(dtype: str, is_cuda: bool) -> Fakes:
-        return Fakes(dtype=dtype, is_cuda=is_cuda, mode=FakeTensorMode())
+    def of(dtype: str, is_cuda: bool, memory: int = 0) -> Fakes:
+        return Fakes(dtype=dtype, is_cuda=is_cuda, mode=FakeTensorMode(), memory=memory)
 
     def policy(
         self,
@@ -144,14 +153,21 @@ class Fakes:
         return _counted(model)
 
     def peak(
-        self, trained: Mapping[str, FakeModel], batch: PackedBatch, *, reference: FakeModel | None, num_packs: int
+        self,
+        trained: Mapping[str, FakeModel],
+        batch: PackedBatch,
+        *,
+        reference: FakeModel | None,
+        num_packs: int,
+        by_token: bool = False,
     ) -> int:
         """Returns the peak memory beyond the weights, in bytes, of an optimiser step over `num_packs` packs of the size
         of `batch`, including gradients. For every pack, each model in `trained` (named "policy", "scorer" or "critic")
         runs a forward and a backward pass in turn.
 
         `reference` runs without gradient between the forward and the backward pass of the policy, as in DPO without
-        precomputed reference log-probs.
+        precomputed reference log-probs. `by_token`: the loss of the policy is a sum over tokens, for which the run may
+        compute the gradients of the head in the forward pass.
         """
         models = [fake.model for fake in (*trained.values(), *([reference] if reference else []))]
         # Every pass except the first starts with gradients; those that a short pack leaves have the same sizes.
@@ -160,13 +176,22 @@ class Fakes:
             for each in [self._faked(short)] * (num_packs > 1) + [self._faked(batch)]:
                 for name, fake in trained.items():
                     begin_step(fake.model, 1)
-                    output = _read(name, fake.model, each)
+                    output = self._loss(name, fake.model, each, by_token)
                     if reference and name == "policy":
                         with torch.no_grad():
                             token_logprobs(reference.model, each)
-                    output.sum().backward()
+                    output.backward()
                     del output
         return tally.peak
+
+    def _loss(self, name: str, model: PreTrainedModel, batch: PackedBatch, by_token: bool) -> Tensor:
+        if name != "policy" or not by_token:
+            return _read(name, model, batch).sum()
+        weight = cast(torch.nn.Linear, model.get_output_embeddings()).weight
+        needs = (True, weight.requires_grad, False)
+        row_bytes = len(weight) * (2 if self.is_cuda and weight.dtype == torch.bfloat16 else 4)
+        faster = is_faster(len(batch.rows), row_bytes, needs, self.memory if self.is_cuda else None)
+        return token_nll(model, batch, num_tokens=1, form="one_shot" if faster else "two_steps")
 
     def forward_peak(self, models: Mapping[str, FakeModel], batch: PackedBatch) -> int:
         """Returns the peak memory beyond the weights, in bytes, of a forward pass without gradient of each model in
@@ -191,7 +216,7 @@ class Fakes:
 
     @contextmanager
     def _counting(self, models: Sequence[PreTrainedModel]) -> Iterator[_Tally]:
-        tally = _Tally(models, self.is_cuda)
+        tally = _Tally(models, self.memory if self.is_cuda else None)
         with self.mode, tally:
             yield tally
         for model in models:
@@ -201,11 +226,12 @@ class Fakes:
 class _Tally(TorchDispatchMode):
     """Counts the bytes of live storages; the storages of `models` are excluded."""
 
-    def __init__(self, models: Sequence[PreTrainedModel], is_cuda: bool) -> None:
+    def __init__(self, models: Sequence[PreTrainedModel], memory: int | None) -> None:
         super().__init__()
         self.peak = 0
         self._now = 0
-        self._is_cuda = is_cuda
+        self._memory = memory
+        """Bytes of the GPU; None for a CPU"""
         self._sizes = {
             x.untyped_storage()._cdata: 0
             for model in models
@@ -218,6 +244,8 @@ class _Tally(TorchDispatchMode):
             # Without data torch computes the products of experts only in bfloat16.
             narrow = func(args[0].bfloat16(), args[1].bfloat16(), *args[2:], **(kwargs or {}))
             output = torch.empty_like(narrow, dtype=torch.float32)
+        elif func is torch.ops.fastrlhf.scaled.default and self._memory is None and args[0].dtype == args[2]:
+            output = args[0]  # on a CPU the upstream gradient of a loss is seen to be 1, and nothing is copied
         else:
             output = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(output):
@@ -237,16 +265,18 @@ class _Tally(TorchDispatchMode):
         self._now -= self._sizes.pop(key)
 
     def _workspace(self, name: str, args: Sequence[Any]) -> int:
-        """Returns the bytes that an operator uses internally: for linear_logprob, its blocks of logits; for a product
-        with a 4-bit weight, the dequantised weight; 0 for all other operators."""
+        """Returns the bytes that an operator uses internally: for linear_logprob and linear_nll the blocks of logits,
+        for a product with a 4-bit weight the dequantised weight, and 0 for all other operators."""
         if name.startswith("bitsandbytes.gemm_4bit"):
             return args[0].element_size() * math.prod(args[2])
+        if name.startswith("fastrlhf.linear_nll"):
+            return workspace_bytes(*args[:2], args[-4:-1], softcap=args[9] is not None, memory=self._memory)
         if not name.startswith("fastrlhf.linear_logprob"):
             return 0
         is_backward = "backward" in name
         hidden, weight = args[3:5] if is_backward else args[:2]
         (num_rows, size), vocab = hidden.shape, weight.shape[0]
-        if self._is_cuda:
+        if self._memory is not None:
             return is_backward * (max(TRITON_PART, 4096 * num_rows) + 4 * num_rows * size)
         rows, columns = min(num_rows, CPU_BLOCK[0]), min(vocab, CPU_BLOCK[1])
         # The previous block still exists while the next one is computed.

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PretrainedConfig
 
-from fastrlhf.config import PPOConfig, ReferenceConfig, TrainConfig
+from fastrlhf.config import PPOConfig, ReferenceConfig, SFTConfig, TrainConfig
 from fastrlhf.data.packing import pack
 from fastrlhf.models.attention import run_alone
 from fastrlhf.models.layers import describe_alone, foresee_alone
@@ -57,7 +57,7 @@ def count_phases(config: TrainConfig, rows: Rows, *, is_cuda: bool, memory: int 
     With `ref_reward_offload` the frozen models are on the device only in the phases that use them. Raises ValueError,
     as the run would, for a model that is missing or does not fit the configuration.
     """
-    fakes = Fakes.of(config.dtype, is_cuda)
+    fakes = Fakes.of(config.dtype, is_cuda, memory)
     models = open_models(config, rows.tokenizer, fakes)
     trained, frozen = models.trained, models.frozen
     alone = foresee_alone(models.start, config.max_length)
@@ -74,7 +74,9 @@ def count_phases(config: TrainConfig, rows: Rows, *, is_cuda: bool, memory: int 
     kept = weights | ({} if paged else moments) | {"float32 copies of bfloat16 weights": copies}
     live = frozen.get("reference") if isinstance(config, ReferenceConfig) else None
     try:
-        beyond = fakes.peak(trained, packs.largest, reference=live, num_packs=packs.num_packs)
+        beyond = fakes.peak(
+            trained, packs.largest, reference=live, num_packs=packs.num_packs, by_token=_sums_over_tokens(config)
+        )
     except Exception as error:  # the code of a model family may raise any exception
         kinds = " and ".join(sorted({type(fake.model).__name__ for fake in trained.values()}))
         told = f"the memory of {kinds} cannot be counted without data ({one_line(error)}); measure a short run"
@@ -193,6 +195,15 @@ def _optimiser(config: TrainConfig, trained: Iterable[FakeModel]) -> tuple[dict[
     made = "gradients in float32" if keeps_copies else "gradients and weights in float32, noise"
     moments = {"optimiser state (float32, two per parameter)": in_float32, "optimiser state (8 bits)": in_8_bits}
     return moments, copies, {made: update}
+
+
+def _sums_over_tokens(config: TrainConfig) -> bool:
+    """Returns whether the loss of the policy is a sum over tokens that `linear_nll` or `linear_policy_loss` computes,
+    rather than a loss of whole sequences, with an exact KL or over the tokens that truncated sampling kept."""
+    if not isinstance(config, PPOConfig):
+        return isinstance(config, SFTConfig)
+    exact = config.kl_placement == "loss" and config.kl_estimator == "exact"
+    return config.update == "clipped" and config.loss_type != "gspo" and not exact and not config.truncated
 
 
 def _inputs_of_layers(fake: FakeModel, num_tokens: int) -> int:
