@@ -42,7 +42,7 @@ usage: fastrlhf COMMAND [--config FILE] [--key value ...]
   rlp        RLP: refits the reward model with answers of the policy and trains the policy again
   eval       win rates of models against each other or against responses of a dataset
   report     fastrlhf report RUN_DIR [--output PAGE]: one HTML page of a run; RUN_DIR RUN_DIR ...: a comparison of runs
-  inspect    shows rows as the model sees them, each token by its role: --config FILE [--num N] [--html PAGE]
+  inspect    shows rows as the model sees them: --config FILE [--num N] [--rows N|all] [--html PAGE]
   plan       memory and steps of a run: --config FILE [--memory_gib N]; exit code 1 if the run does not fit
   merge      fastrlhf merge ADAPTER [ADAPTER ...] --output_dir FOLDER: adds adapters to their base model
   chat       fastrlhf chat MODEL [ADAPTER]: talks with a model in the terminal
@@ -281,12 +281,12 @@ def _chat(arguments: Sequence[str]) -> None:
 
 
 def _inspect(arguments: Sequence[str]) -> None:
-    options, config = parse_for_tool(arguments, TRAINER_CONFIGS, ("num", "html"))
+    options, config = parse_for_tool(arguments, TRAINER_CONFIGS, ("num", "rows", "html"))
     num = number(options, "num", "5", int)
     _quiet_libraries()
-    from fastrlhf.tools.inspect import format_html, format_text, inspect_rows
+    from fastrlhf.tools.inspect import FEW, format_html, format_text, inspect_rows
 
-    found = inspect_rows(config, num)
+    found = inspect_rows(config, num, None if options.get("rows") == "all" else number(options, "rows", str(FEW), int))
     if isinstance(sys.stdout, TextIOWrapper):  # rows may hold characters that the terminal's encoding lacks
         sys.stdout.reconfigure(errors="backslashreplace")
     print(format_text(found, colour=sys.stdout.isatty() and not os.environ.get("NO_COLOR")))

@@ -2,16 +2,16 @@
 it belongs, the columns and labels of the row, and the rows that are left out.
 
 Rows are loaded, tokenised and packed, and resets are drawn, by the functions of the trainers (tools/plan/work.py). Only
-a tokenizer is needed, no model.
+a tokenizer is needed, no model. Of a larger dataset only the first rows are read (tools/first_rows.py).
 
-`fastrlhf inspect --config FILE [--command dpo] [--num 5] [--html PAGE]`
+`fastrlhf inspect --config FILE [--command dpo] [--num 5] [--rows 1000|all] [--html PAGE]`
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import date
 from html import escape
 from itertools import groupby
@@ -28,6 +28,7 @@ from fastrlhf.data.templates import Renderer
 from fastrlhf.report.page import render_page, token_markup
 from fastrlhf.report.samples import token_texts
 from fastrlhf.runtime.printable import printable
+from fastrlhf.tools.first_rows import FEW, open_first_rows
 from fastrlhf.tools.plan.work import Work, first_prefixes, open_work, to_tree
 from fastrlhf.tools.turn_labels import turn_labels
 from fastrlhf.types import Example, Prefix, Text, TokenizedExample
@@ -83,29 +84,40 @@ class Inspection:
     """Ids of the special tokens."""
 
 
-def inspect_rows(config: TrainConfig, num: int) -> Inspection:
-    """Returns the first `num` rows (on-policy: episodes) in the order in which the run draws them.
+def inspect_rows(config: TrainConfig, num: int, num_read: int | None = FEW) -> Inspection:
+    """Returns `num` rows (on-policy: episodes) and what was read, skipped and dropped.
+
+    If the run trains on more than `num_read` rows, only the first `num_read` rows are read, or `num` if that is more.
+    The result then counts these rows and shows the first `num` in the order of the file. Otherwise, with `num_read`
+    None, or if none of the first rows is usable, all rows are read, and the result shows those that the run draws
+    first.
 
     Raises ValueError as the trainer would: for a bad path, a bad row, or a row that does not fit a micro-batch.
     """
     require(num >= 1, "num", num, "at least 1")
-    work = open_work(config, most_batches=-(-num // config.batch_size), keep_rows=True)
+    require(num_read is None or num_read >= 1, "rows", num_read, "at least 1, or all")
+    work = _first_rows(config, max(num, num_read)) if num_read else None
+    work = work or open_work(config, most_batches=-(-num // config.batch_size), keep_rows=True)
     if isinstance(config, PPOConfig):
         return _episodes(config, work, num)
     tree_of, examples = to_tree(config), work.examples
     trees = [tree_of(example) for example in examples]
     check_micro_batch(config, examples, [num_computed(tree) for tree in trees])
     drawn = [i for batch in work.batches for i in batch]
+    step = [] if work.num_read else [_describe_step(config, [trees[i] for i in work.batches[0]], work.steps)]
     return Inspection(
         tokenizer=work.tokenizer,
-        facts=[
-            *_describe_rows(config, work),
-            _describe_tokens(trees),
-            _describe_step(config, [trees[i] for i in work.batches[0]], work.steps),
-        ],
+        facts=[*_describe_rows(config, work), _describe_tokens(trees, work), *step],
         rows=[_row(config, work, examples[i], trees[i]) for i in drawn[:num]],
         special=frozenset(special_tokens(work.tokenizer)),
     )
+
+
+def _first_rows(config: TrainConfig, num: int) -> Work | None:
+    try:
+        return open_first_rows(config, num)
+    except ValueError:  # reading all rows succeeds, or gives the message of the trainer
+        return None
 
 
 def format_text(inspection: Inspection, *, colour: bool) -> str:
@@ -178,14 +190,16 @@ def _span(token: _Token) -> str:
 
 
 def _episodes(config: PPOConfig, work: Work, num: int) -> Inspection:
-    prefixes = first_prefixes(config, work)
+    most = -(-num // config.batch_size)
+    prefixes = first_prefixes(config, replace(work, batches=work.batches[:most]))
     first = prefixes[: config.batch_size]
     resets = [prefix.num_reset for prefix in first if prefix.num_reset]
     lengths = [len(example.prompt) for example in work.examples]
+    update = "an update that starts from the first of these rows" if work.num_read else f"update 1 of {work.steps:,}"
     facts = [
         *_describe_rows(config, work),
         f"{len(lengths):,} prompts of {sum(lengths) / len(lengths):.1f} tokens on average, {max(lengths):,} at most",
-        f"update 1 of {work.steps:,}: {len(first):,} episodes, {len(resets):,} after a reset"
+        f"{update}: {len(first):,} episodes, {len(resets):,} after a reset"
         + (f" of {sum(resets) / len(resets):.1f} tokens on average" if resets else "")
         + f"; a response has at most {config.response_length} tokens, including those of its reset",
     ]
@@ -307,7 +321,7 @@ def _num_scored(tree: Tree) -> int:
 
 
 def _describe_rows(config: TrainConfig, work: Work) -> list[str]:
-    lines = [*work.origin.lines, *work.report.facts()]
+    lines = [*_describe_reading(work), *work.origin.lines, *work.report.facts()]
     for reason, count in work.report.dropped.items():
         lines += [f"dropped {count:,} for {reason}:", *(f"  {told}" for told in work.report.dropped_rows[reason])]
     if work.num_eval:
@@ -319,10 +333,22 @@ def _describe_rows(config: TrainConfig, work: Work) -> list[str]:
     return lines
 
 
-def _describe_tokens(trees: Sequence[Tree]) -> str:
+def _describe_reading(work: Work) -> list[str]:
+    """Returns lines about rows that were not read, if there are any."""
+    if not work.num_read:
+        return []
+    return [
+        f"only the first {work.num_read:,} rows are read, and all counts are of these rows; --rows all reads every row",
+        "the rows are shown in the order of the file; the order of the run, its steps and packs, the rows held out for "
+        "evaluation, max_bad_fraction and max_dropped_fraction depend on every row",
+    ]
+
+
+def _describe_tokens(trees: Sequence[Tree], work: Work) -> str:
     costs = [num_computed(tree) for tree in trees]
+    where = "in these rows" if work.num_read else "per epoch"
     return (
-        f"{sum(costs):,} tokens per epoch, {sum(map(_num_scored, trees)):,} of them trained; a row has "
+        f"{sum(costs):,} tokens {where}, {sum(map(_num_scored, trees)):,} of them trained; a row has "
         f"{sum(costs) / len(costs):.1f} on average, {max(costs):,} at most"
     )
 

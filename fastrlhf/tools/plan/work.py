@@ -37,6 +37,9 @@ class Work:
     origin: Origin = field(default_factory=Origin)
     num_eval: int = 0
     """Number of rows that are held out for evaluation."""
+    num_read: int = 0
+    """Number of rows that were read, if only the first rows were read (tools/first_rows.py); 0: all rows. If it is not
+    0, `steps` and `batches` are not those of the run."""
     rules: TextRules = field(default_factory=TextRules)
 
 
@@ -46,18 +49,7 @@ def open_work(config: TrainConfig, most_batches: int = 1, *, keep_rows: bool = F
 
     Raises ValueError as the trainer would.
     """
-    # Only the run itself needs an output folder, reporters, the hub, a device and optional libraries.
-    alone = {"optim": "adamw_torch_fused", "attn_implementation": "auto", "use_liger_kernel": False}
-    alone |= {"activation_offloading": False, "load_in_4bit": False, "callbacks": ()}
-    alone |= {"push_to_hub": False, "hub_model_id": "", "hub_private_repo": False, "hub_revision": ""}
-    elsewhere = dataclasses.replace(config, output_dir="", report_to=(), **alone)
-    # A local model may not exist yet, if an earlier run of the chain trains it.
-    if config.model_config or Path(config.model_name_or_path).is_dir() or not config.tokenizer_name_or_path:
-        check_architecture(config)
-    if config.model_name_or_path:
-        source = config.tokenizer_name_or_path or config.model_name_or_path
-        elsewhere = dataclasses.replace(elsewhere, tokenizer_name_or_path=source, model_name_or_path="")
-    tokenizer, data = open_inputs(elsewhere, _fields(config), None, None, keep_rows=keep_rows)
+    tokenizer, data = open_inputs(without_model(config), fields_of(config), None, None, keep_rows=keep_rows)
     examples = data.train
     if isinstance(config, PPOConfig):
         examples = with_room(examples, "train", config.max_length, config.response_length)
@@ -75,6 +67,23 @@ def open_work(config: TrainConfig, most_batches: int = 1, *, keep_rows: bool = F
         num_eval=len(data.eval),
         rules=data.rules,
     )
+
+
+def without_model(config: TrainConfig) -> TrainConfig:
+    """Returns the configuration with which the rows of a run are read, without its model, output folder and optional
+    libraries. Raises ValueError for an architecture that cannot be trained."""
+    # Only the run itself needs an output folder, reporters, the hub, a device and optional libraries.
+    alone = {"optim": "adamw_torch_fused", "attn_implementation": "auto", "use_liger_kernel": False}
+    alone |= {"activation_offloading": False, "load_in_4bit": False, "callbacks": ()}
+    alone |= {"push_to_hub": False, "hub_model_id": "", "hub_private_repo": False, "hub_revision": ""}
+    elsewhere = dataclasses.replace(config, output_dir="", report_to=(), **alone)
+    # A local model may not exist yet, if an earlier run of the chain trains it.
+    if config.model_config or Path(config.model_name_or_path).is_dir() or not config.tokenizer_name_or_path:
+        check_architecture(config)
+    if config.model_name_or_path:
+        source = config.tokenizer_name_or_path or config.model_name_or_path
+        elsewhere = dataclasses.replace(elsewhere, tokenizer_name_or_path=source, model_name_or_path="")
+    return elsewhere
 
 
 def to_tree(config: TrainConfig) -> Callable[[TokenizedExample], Tree]:
@@ -118,7 +127,8 @@ class _WritesNothing:
         return []
 
 
-def _fields(config: TrainConfig) -> list[str]:
+def fields_of(config: TrainConfig) -> list[str]:
+    """Returns the fields that the trainer of `config` reads from a row."""
     if isinstance(config, SFTConfig):
         return [config.response]
     if isinstance(config, RewardConfig):
