@@ -119,7 +119,7 @@ def check_command(words: list[str]) -> None:
             assert rest[where - 1] == "-m"
             check_fastrlhf(rest[where + 1 :])
         case ["make", *rest]:
-            targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+            targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
             assert {word for word in rest if "=" not in word} <= set(targets), words
         case ["python", "-m", "bench", *rest]:
             make_parser().parse_args(rest)
