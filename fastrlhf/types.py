@@ -238,7 +238,8 @@ class PackedBatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Experience:
-    """A batch of episodes, ready to train on. Flat over the R trained rows, episode after episode; float32, nats."""
+    """A batch of episodes, ready to train on. Flat over the R trained rows, episode after episode; float32, nats. All
+    tensors except `reference_states` and `reference_rows` are equal on all ranks."""
 
     cu_rows: Tensor
     """(N+1,) int32: rows cu_rows[i] .. cu_rows[i+1] belong to episode i"""
@@ -265,5 +266,7 @@ class Experience:
     scores: Tensor | None = None
     """[N] score of each whole response by the judge, or else the sum of the rewards of functions or of a DPO model"""
     reference_states: Tensor | None = None
-    """[R, D] hidden states of the reference, in the dtype of its weights, for an exact KL in the loss; otherwise
-    None"""
+    """[n, D] hidden states of the reference at the rows `reference_rows`, in the dtype of its weights, for an exact KL
+    in the loss; otherwise None"""
+    reference_rows: Tensor | None = None
+    """[n] int64, the rows whose states this rank holds; each row has one holder"""

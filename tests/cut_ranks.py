@@ -52,6 +52,7 @@ CUTS: dict[str, tuple[str, Any, str, tuple[int, ...]]] = {
     "judge": ("drpo", resumable, "noisy_judge", (0,)),
     "scoring": ("ppo", experience, "_scored", (1,)),
     "update": ("drpo", Optimizer, "step", (1,)),
+    "update with an exact KL": ("rto", Optimizer, "step", (1,)),
 }
 """Part of a step -> (trainer, module or class of a function, name of the function, ranks that get a signal when they
 first call the function)."""

@@ -3,8 +3,8 @@ them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -13,8 +13,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
+from fastrlhf.algorithms import experience
 from fastrlhf.config import SFTConfig
 from fastrlhf.data.packing import pack, sequence
+from fastrlhf.distributed import ranks, rows
+from fastrlhf.distributed.rows import SpreadRows
 from fastrlhf.models import adapters, loading
 from fastrlhf.models.forward import token_logprobs
 from fastrlhf.models.loading import load_policy
@@ -86,6 +89,50 @@ def paces() -> dict[str, Any]:
         "error": error,
         "held": sum(weight.numel() for weight in model.parameters() if not isinstance(weight, DTensor)),
     }
+
+
+def spread_rows() -> dict[str, Any]:
+    """Reads rows of a tensor that is spread over the two ranks: rows that this rank holds, all rows of the other rank,
+    and one row of each. Returns, for each case, the number of wrong values and the numbers of rows sent to each rank
+    (None: no exchange)."""
+    whole, other = torch.arange(28.0).bfloat16().view(7, 4), 1 - dist.get_rank()
+    index = [torch.tensor([5, 0, 2]), torch.tensor([1, 6, 3, 4])]
+    mine = index[dist.get_rank()]
+    tensor = SpreadRows(whole[mine], mine)
+    found: dict[str, Any] = {"wrong": [], "sent": []}
+    for needed in (mine.flip(0), index[other], torch.stack([index[other][1], mine[2]])):
+        with patch.object(rows, "_exchanged", wraps=rows._exchanged) as exchange:
+            values = tensor.rows(needed).at(needed)
+        found["wrong"].append(int((values != whole[needed]).sum()))
+        found["sent"].append(exchange.call_args.args[1] if exchange.called else None)
+    return found
+
+
+@contextmanager
+def watched_states(found: dict[str, Any]) -> Iterator[None]:
+    """Records, in `found`, the numbers of rows of each spread tensor (of this rank, of all ranks), the numbers of rows
+    sent to each rank in every exchange, and the sizes of the tensors that the ranks summed."""
+    found |= {"held": [], "moved": [], "summed": []}
+    init, exchange, add = SpreadRows.__init__, rows._exchanged, ranks.total
+
+    def made(self: SpreadRows, values: torch.Tensor, index: torch.Tensor) -> None:
+        init(self, values, index)
+        found["held"].append((len(values), len(self._holder)))
+
+    def exchanged(values: torch.Tensor, sent: list[int], received: list[int]) -> torch.Tensor:
+        found["moved"].append(sent)
+        return exchange(values, sent, received)
+
+    def summed(values: torch.Tensor) -> torch.Tensor:
+        found["summed"].append(values.numel())
+        return add(values)
+
+    with (
+        patch.object(SpreadRows, "__init__", made),
+        patch.object(rows, "_exchanged", exchanged),
+        patch.object(experience, "total", summed),
+    ):
+        yield
 
 
 def stored_rows(place: Path) -> dict[str, Any]:

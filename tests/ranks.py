@@ -14,6 +14,7 @@ import random
 import shutil
 import sys
 from collections.abc import Callable, Collection
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
@@ -43,7 +44,7 @@ from fastrlhf.runtime.optim import Optimizer
 from tests import resumable, tiny
 from tests.cut_ranks import CUTS, cut, finished, rescued, stopped
 from tests.hub_server import pushed
-from tests.part_ranks import loaded_parts, paces, stored_rows
+from tests.part_ranks import loaded_parts, paces, spread_rows, stored_rows, watched_states
 
 LORA = {"use_peft": True, "lora_r": 3, "adam_epsilon": 1e-3}
 """Settings of runs with an adapter. The epsilon of Adam is large, because the gradients of a new adapter are near zero
@@ -68,7 +69,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "kto": LORA,
     "ppo": {"truncation": "bootstrap"},
     "drpo": LORA | {"num_mini_batches": 1, "reset_source": "sample"},
-    "rto": {"kl_placement": "loss", "kl_estimator": "exact"},
+    "rto": {"kl_placement": "loss", "kl_estimator": "exact", "train_batch_size": 8},
     "refuel": {},
     "prime": {"reset_prob": 0.5, "adam_epsilon": 1e-3},
     "prime lora": LORA,
@@ -356,9 +357,13 @@ def differences(place: Path, two: Path) -> dict[str, str]:
 def main(place: Path) -> None:
     torch.set_num_threads(1)
     two = place / "two"
+    states: dict[str, Any] = {}
     for kind in SETTINGS:
-        run(kind, place, two / kind)
+        with watched_states(states) if kind == "rto" else nullcontext():
+            run(kind, place, two / kind)
     seen = {
+        "states": states,
+        "spread": spread_rows(),
         "exchanges": exchanges(),
         "model": sharded_model(),
         "limited": sharded_model({4, 17, 30}),

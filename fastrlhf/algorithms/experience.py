@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from typing import NamedTuple
 
@@ -137,7 +137,7 @@ def score_episodes(
     exact_kl = torch.zeros(num_rows, device=device) if config.kl_estimator == "exact" else None
     # Holds, in the last row of an episode, the value of the state after it.
     value_after = torch.zeros(num_rows, device=device) if config.truncation == "bootstrap" else None
-    reference_states = None
+    kept = _OwnStates(packs) if keeps_reference_states(config) else None
     for item in parts(item for mini in packs for item in mini):
         scored = _scored(config, policy, reference, item)
         logprob[item.index], entropy[item.index] = scored.logprob, scored.entropy
@@ -145,10 +145,9 @@ def score_episodes(
         if scored.exact_kl is not None:
             assert exact_kl is not None
             exact_kl[item.index] = scored.exact_kl
-        if scored.reference_states is not None:
-            if reference_states is None:
-                reference_states = scored.reference_states.new_zeros(num_rows, scored.reference_states.shape[1])
-            reference_states[item.index] = scored.reference_states
+        if kept is not None:
+            assert scored.reference_states is not None
+            kept.add(scored.reference_states)
         if critic is not None:
             states = hidden_states(critic, item.batch)
             value[item.index] = read_scores(critic, states[item.batch.rows])
@@ -165,8 +164,8 @@ def score_episodes(
         give_back(model)
 
     logprob, reference_logprob, value, entropy, token = map(total, (logprob, reference_logprob, value, entropy, token))
-    dpo_log_ratio, exact_kl, reference_states, value_after = (
-        None if x is None else total(x) for x in (dpo_log_ratio, exact_kl, reference_states, value_after)
+    dpo_log_ratio, exact_kl, value_after = (
+        None if x is None else total(x) for x in (dpo_log_ratio, exact_kl, value_after)
     )
     episodes = Episodes(
         rollouts=rollouts,
@@ -215,13 +214,51 @@ def score_episodes(
         kl_coef=rewards.kl.coef,
         rewards={name: term.reward for name, term in terms.items()},
         weight=_importance_weight(config, logprob, drawn, rows.mask),
-        reference_states=reference_states,
+        reference_states=None if kept is None else kept.states,
+        reference_rows=None if kept is None else kept.rows,
         scores=sum_of_rewards(terms, rows.cu_rows) if scores is None else scores,
     )
     metrics = episode_metrics(config, rollouts, terms, experience, entropy, drawn, exact_kl)
     metrics |= rewards.functions.metrics
     rewards.warn(metrics)
     return experience, metrics
+
+
+def keeps_reference_states(config: PPOConfig) -> bool:
+    """Returns whether the loss needs the hidden states of the reference, because an exact KL is in it."""
+    return config.kl_estimator == "exact" and config.kl_placement == "loss"
+
+
+@torch.no_grad()
+def with_reference_states(
+    experience: Experience, reference: PreTrainedModel, packs: Sequence[Sequence[Pack]]
+) -> Experience:
+    """Adds the hidden states of the reference to an experience. Checkpoints do not hold them, because they can be
+    computed again: from the first packs of the update, in which `score_episodes` has computed them."""
+    kept = _OwnStates(packs)
+    for item in (item for mini in packs for item in mini):
+        kept.add(scored_states(reference, item.batch))
+    give_back(reference)
+    return replace(experience, reference_states=kept.states, reference_rows=kept.rows)
+
+
+class _OwnStates:
+    """Collects the hidden states of the reference for the packs of this rank, in their order. They stay on the rank
+    that computed them, because those of all ranks together may need more memory than a model."""
+
+    def __init__(self, packs: Sequence[Sequence[Pack]]) -> None:
+        self.rows = torch.cat([item.index for mini in packs for item in mini])
+        """[n] int64, the rows of the states"""
+        self.states: Tensor | None = None
+        """[n, D]; None before the first pack"""
+        self._count = 0
+
+    def add(self, states: Tensor) -> None:
+        """Adds the states of the next pack."""
+        if self.states is None:
+            self.states = states.new_empty(len(self.rows), states.shape[1])
+        self.states[self._count : self._count + len(states)] = states
+        self._count += len(states)
 
 
 class _Scored(NamedTuple):
@@ -238,7 +275,7 @@ class _Scored(NamedTuple):
 def _scored(config: PPOConfig, policy: PreTrainedModel, reference: PreTrainedModel, item: Pack) -> _Scored:
     batch, heat, kept = item.batch, item.temperature, item.kept
     states, reference_states = scored_states(policy, batch), scored_states(reference, batch)
-    in_loss = config.kl_placement == "loss"
+    in_loss = keeps_reference_states(config)
     if config.kl_estimator != "exact":
         ours = state_logprobs(policy, states, batch.targets, temperature=heat, kept=kept, entropy=True)
         theirs = state_logprobs(reference, reference_states, batch.targets, temperature=heat, kept=kept)

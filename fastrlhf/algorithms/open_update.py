@@ -14,6 +14,10 @@ from torch import Tensor
 from fastrlhf.runtime.step_metrics import StepMetrics
 from fastrlhf.types import Experience, Prefix, Rollout
 
+NOT_SAVED = ("reference_states", "reference_rows")
+"""Fields of an experience that checkpoints do not hold. Each rank has only its part of them, which it computes again
+(`experience.with_reference_states`)."""
+
 
 @dataclass(kw_only=True)
 class OpenUpdate:
@@ -63,7 +67,7 @@ class OpenUpdate:
             "kl_coef": self.experience.kl_coef,
         }
         # Copies, because a file of safetensors cannot hold two names of one tensor.
-        for one in fields(self.experience):
+        for one in (one for one in fields(self.experience) if one.name not in NOT_SAVED):
             value = getattr(self.experience, one.name)
             named = {f"{one.name}.{name}": x for name, x in value.items()} if isinstance(value, Mapping) else {}
             named |= {one.name: value} if isinstance(value, Tensor) else {}

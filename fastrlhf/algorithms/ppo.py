@@ -28,7 +28,12 @@ import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrlhf.algorithms.dynamic_sampling import DROPPED_TOKENS, refilled
-from fastrlhf.algorithms.experience import pack_episodes, score_episodes
+from fastrlhf.algorithms.experience import (
+    keeps_reference_states,
+    pack_episodes,
+    score_episodes,
+    with_reference_states,
+)
 from fastrlhf.algorithms.guards import check_kl, check_sampler
 from fastrlhf.algorithms.judging import JudgedRollouts, judged_once, judged_rollouts
 from fastrlhf.algorithms.open_update import OpenUpdate
@@ -164,6 +169,8 @@ def train_ppo(
             order = np.random.default_rng([config.seed, step]).permutation(num_groups).tolist()
             if opened.experience is not None:  # the run was resumed in the middle of this update
                 packs = pack_episodes(config, opened.rollouts, order, policy.device)
+                if keeps_reference_states(config):
+                    opened.experience = with_reference_states(opened.experience, reference, packs)
             else:
                 start = time.perf_counter()
                 drawn = [prompts[i] for i in indices]

@@ -15,6 +15,7 @@ from fastrlhf.algorithms.experience import Pack, pack_episodes
 from fastrlhf.algorithms.open_update import OpenUpdate
 from fastrlhf.config import PPOConfig
 from fastrlhf.distributed.ranks import gathered, total
+from fastrlhf.distributed.rows import Rows, SpreadRows
 from fastrlhf.models.forward import scored_states, state_kl, state_logprobs, state_policy_loss, token_values
 from fastrlhf.models.router_loss import begin_step
 from fastrlhf.runtime.optim import Optimizer
@@ -42,8 +43,9 @@ def update(
     compat "reference", which averages every micro-batch separately, micro-batches are drawn anew too.
 
     `reference` is needed only for an exact KL in the loss, which uses the output layer of the reference; the hidden
-    states of the reference are in the experience. With `critic_only` the policy is neither computed nor updated, and
-    its metrics are absent. If the KL of a mini-batch exceeds `target_kl`, the update ends before the step of this
+    states of the reference are in the experience. In the first pass a rank holds the states that it needs; later, the
+    ranks exchange states before each mini-batch. With `critic_only` the policy is neither computed nor updated, and its
+    metrics are absent. If the KL of a mini-batch exceeds `target_kl`, the update ends before the step of this
     mini-batch; the first step, at ratio 1, is always taken. `opened` keeps the progress of the update, which may have
     begun before the run was resumed.
     """
@@ -57,8 +59,11 @@ def update(
     by_sequence = config.aggregation == "sequence"
     shares = _episode_shares(experience.cu_rows, experience.trained) if by_sequence else None
     value_shares = _episode_shares(experience.cu_rows, torch.ones_like(experience.mask)) if by_sequence else None
+    states = _reference_states(experience)
     for epoch, mini in remaining(mini_batches(config, rollouts, packs, seed, policy.device), opened):
-        in_mini = gathered(torch.cat([item.index for item in mini]))
+        own_rows = torch.cat([item.index for item in mini])
+        in_mini = gathered(own_rows)
+        known = None if states is None or critic_only else states.rows(own_rows)
         drift = torch.zeros((), device=policy.device)
         for model in (policy, critic) if critic else (policy,):
             begin_step(model, config.batch_size // config.num_mini_batches)
@@ -72,7 +77,7 @@ def update(
                 if config.aggregation == "constant":
                     limit = config.batch_size // config.num_mini_batches * config.response_length
                     weight = (num_tokens / limit).expand(len(item.index))
-                chosen = _policy_loss(config, policy, reference, experience, item, weight, num_tokens, live_share)
+                chosen = _policy_loss(config, policy, reference, known, experience, item, weight, num_tokens, live_share)
                 chosen.loss.backward()  # before the critic's forward, to save memory
                 policy_totals.add(_averaged(chosen.metrics, "tokens") if alone else chosen.metrics)
                 drift += chosen.metrics["approx_kl"].value / num_tokens
@@ -103,6 +108,13 @@ def update(
         config.dual_clip is not None,
     )
     return metrics if config.target_kl is None else metrics | {"policy/stopped_passes": float(num_stopped)}
+
+
+def _reference_states(experience: Experience) -> SpreadRows | None:
+    if experience.reference_states is None:
+        return None
+    assert experience.reference_rows is not None
+    return SpreadRows(experience.reference_states, experience.reference_rows)
 
 
 def remaining(
@@ -170,6 +182,7 @@ def _policy_loss(
     config: PPOConfig,
     policy: PreTrainedModel,
     reference: PreTrainedModel | None,
+    known: Rows | None,
     experience: Experience,
     item: Pack,
     weight: Tensor | None,
@@ -177,6 +190,7 @@ def _policy_loss(
     live_share: float,
 ) -> LossOutput:
     """Computes the loss of one pack, divided by `num_tokens`; `weight` [R of the pack] has mean 1 over the mini-batch.
+    `known`: the hidden states of the reference, for an exact KL in the loss.
     The metrics are those of `policy_loss`; `kl` is the estimate of `kl_estimator` if the KL is in the loss.
     """
     index, heat = item.index, item.temperature
@@ -198,10 +212,10 @@ def _policy_loss(
         "entropy_coef": config.entropy_coef,
     }
     exact = None
-    if experience.reference_states is not None:
+    if known is not None:
         assert reference is not None
-        known = experience.reference_states[index]
-        scored = state_kl(policy, states, reference, known, targets, temperature=heat, entropy=entropy)
+        theirs = known.at(index)
+        scored = state_kl(policy, states, reference, theirs, targets, temperature=heat, entropy=entropy)
         exact = scored.kl
     elif item.kept is not None or config.loss_type == "gspo":
         scored = state_logprobs(policy, states, targets, temperature=heat, kept=item.kept, entropy=entropy)

@@ -259,14 +259,19 @@ def smallest(value: int) -> int:
 def gathered(rows: Tensor) -> Tensor:
     """Concatenates the rows of all ranks, in rank order: [n, ...] -> [N, ...]. Ranks may have different numbers of
     rows."""
+    return torch.cat(by_rank(rows)) if world_size() > 1 else rows
+
+
+def by_rank(rows: Tensor) -> list[Tensor]:
+    """Returns the rows [n, ...] of every rank, in rank order. Ranks may have different numbers of rows."""
     if world_size() == 1:
-        return rows
+        return [rows]
     counts = from_all(len(rows))
     mine = rows.new_zeros(max(counts), *rows.shape[1:])
     mine[: len(rows)] = rows
     parts = [torch.empty_like(mine) for _ in counts]
     dist.all_gather(parts, mine)
-    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+    return [part[:count] for part, count in zip(parts, counts, strict=True)]
 
 
 def share(items: Sequence[T]) -> Sequence[T]:

@@ -7,10 +7,13 @@ import pytest
 import torch
 
 from fastrlhf.algorithms import update as update_module
-from fastrlhf.algorithms.experience import pack_episodes, score_episodes
+from fastrlhf.algorithms.experience import pack_episodes, score_episodes, with_reference_states
 from fastrlhf.algorithms.update import update
 from fastrlhf.config import PPOConfig
+from fastrlhf.data.packing import pack, sequence
+from fastrlhf.distributed.rows import SpreadRows
 from fastrlhf.models.adapters import frozen_copy
+from fastrlhf.models.forward import scored_states
 from fastrlhf.models.loading import load_reward_model
 from fastrlhf.runtime.optim import Optimizer
 from fastrlhf.types import Experience, Prefix, Rollout
@@ -375,3 +378,21 @@ def test_the_kl_in_the_loss_is_reported_before_its_coefficient():
             total += (p.exp() * (p - q)).sum()
     assert metrics["loss/kl_avg"] == pytest.approx(total.item() / NUM_ROWS, rel=1e-5)
     assert metrics["val/ratio"] == 1.0
+
+
+def test_reference_states_are_computed_again_bit_for_bit(critic):
+    """A resumed update needs them, because checkpoints do not hold them."""
+    cfg, policy, reference = config(kl_placement="loss", kl_estimator="exact"), tiny.policy(), tiny.policy(seed=5)
+    packs = pack_episodes(cfg, ROLLOUTS, [1, 0, 3, 5, 2, 4], policy.device)
+    scores = torch.zeros(len(ROLLOUTS))
+    found, _ = score_episodes(cfg, policy, reference, critic, ROLLOUTS, scores, packs, tiny.EOS)
+    again = with_reference_states(replace(found, reference_states=None, reference_rows=None), reference, packs)
+    assert again.reference_states is not None
+    assert again.reference_rows is not None
+    assert torch.equal(again.reference_states, found.reference_states)
+    assert torch.equal(again.reference_rows, found.reference_rows)
+    assert sorted(again.reference_rows.tolist()) == list(range(len(found.mask)))
+    expected = scored_states(reference, pack([sequence(ROLLOUTS[0].prefix.token_ids, ROLLOUTS[0].completion)]))
+    held = SpreadRows(again.reference_states, again.reference_rows)
+    index = torch.arange(len(ROLLOUTS[0].completion))
+    torch.testing.assert_close(held.rows(index).at(index), expected, rtol=1e-5, atol=1e-6)

@@ -144,7 +144,7 @@ def test_a_signal_to_one_process_stops_all_and_the_run_resumes_bit_for_bit(place
 @pytest.mark.parametrize("part", CUTS)
 def test_a_signal_within_a_step_stops_all_processes_and_the_run_resumes_bit_for_bit(place, part):
     """The signal comes during a rollout, during a judge that only rank 0 calls, during the scoring of the first of
-    several packs, and between two mini-batches."""
+    several packs, and between two mini-batches. Checkpoints do not hold the hidden states of the reference."""
     kind = CUTS[part][0]
     folder = place / "two" / f"{kind} cut in the {part}"
     said = f"interrupted in step 2; step 1 is saved as {folder / 'checkpoint-1'}"
@@ -155,7 +155,11 @@ def test_a_signal_within_a_step_stops_all_processes_and_the_run_resumes_bit_for_
         assert all(first > 1 for first, _ in calls)
     assert resumable.untimed_log(folder) == resumable.untimed_log(place / "two" / kind)
     state = json.loads((folder / "checkpoint-1" / "state.json").read_text())
-    assert ("update" in state["parts"]) == (part == "update")
+    assert ("update" in state["parts"]) == part.startswith("update")
+    if part.startswith("update"):
+        saved = load_file(folder / "checkpoint-1" / "update.safetensors")
+        assert "experience.advantage" in saved
+        assert not any("reference_" in name and "logprob" not in name for name in saved)
 
 
 def test_a_signal_to_one_process_after_the_last_step_ends_all_with_a_finished_run(place):
@@ -239,6 +243,25 @@ def test_each_process_holds_its_part_of_the_weights_and_sums_the_gradients(place
         assert (model["unlimited"] > 1e-4) == (name == "limited")
         assert model["kept"] > 0 == model["left"]
         assert model["gradient"] < 1e-5
+
+
+def test_rows_stay_on_their_rank_and_only_needed_ones_are_sent(place):
+    """Rank 0 holds 3 rows of 8 bytes, rank 1 holds 4. The ranks need their own rows, all rows of the other rank, and
+    one row of each."""
+    expected = [{"wrong": [0, 0, 0], "sent": sent} for sent in ([None, [0, 3], [1, 1]], [None, [4, 0], [1, 1]])]
+    assert [each["spread"] for each in seen(place)] == expected
+
+
+def test_each_rank_holds_the_reference_states_of_its_own_episodes_only(place):
+    """The ranks hold parts of the rows in both steps of a run with an exact KL. They exchange states only before the
+    mini-batches of the second pass, which are drawn anew, and sum no tensor of all states."""
+    first, second = (each["states"] for each in seen(place))
+    assert len(first["held"]) == len(second["held"]) == 2
+    for (ours, rows), (theirs, same) in zip(first["held"], second["held"], strict=True):
+        assert rows == same == ours + theirs
+        assert max(ours, theirs) <= 0.7 * rows
+    assert 0 < len(first["moved"]) == len(second["moved"]) <= 4
+    assert max(first["summed"] + second["summed"]) <= max(rows for _, rows in first["held"])
 
 
 def test_each_process_loads_its_parts_bit_for_bit(place):
