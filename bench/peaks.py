@@ -33,7 +33,8 @@ from fastrlhf.models.adapters import add_adapter, frozen_copy
 from fastrlhf.models.forward import token_logprobs
 from fastrlhf.models.loading import load_policy, load_reward_model
 from fastrlhf.models.sharding import give_back, shard, whole_weights
-from fastrlhf.rollout.engine import SharedEngine, TransformersEngine
+from fastrlhf.rollout.engine import TransformersEngine
+from fastrlhf.rollout.shared import SharedEngine
 from fastrlhf.runtime.optim import Optimizer
 from fastrlhf.types import Prefix
 
@@ -82,7 +83,7 @@ def measure(folder: Path, kind: str) -> dict[str, int]:
         engine = TransformersEngine(
             model=policy, eos_token_id=EOS, response_length=4, temperature=1.0, seed=0, batch_size=2, stop_at_eos=False
         )
-        rollouts = SharedEngine(engine=engine, model=policy).generate(prefixes)
+        rollouts = SharedEngine(engine=engine, model=policy, response_length=4).generate(prefixes)
         peaks["rollout"] = live.restart()
 
         reward_model_judge(scorer, eos_token_id=EOS, micro_batch_tokens=64)(rollouts)

@@ -23,7 +23,8 @@ from fastrlhf.models.forward import token_logprobs
 from fastrlhf.models.loading import load_policy
 from fastrlhf.models.parts import Part
 from fastrlhf.models.sharding import full, own_pace, shard
-from fastrlhf.rollout.engine import SharedEngine, TransformersEngine
+from fastrlhf.rollout.engine import TransformersEngine
+from fastrlhf.rollout.shared import SharedEngine
 from fastrlhf.runtime import dataset
 from fastrlhf.runtime.inputs import open_inputs
 from fastrlhf.types import Prefix
@@ -69,7 +70,7 @@ def paces() -> dict[str, Any]:
         TransformersEngine(model=each, eos_token_id=tiny.EOS, response_length=6, temperature=1.0, seed=3, batch_size=2)
         for each in (model, plain)
     ]
-    expected, ours = engines[1].generate(prefixes), SharedEngine(engine=engines[0], model=model)
+    expected, ours = engines[1].generate(prefixes), SharedEngine(engine=engines[0], model=model, response_length=6)
     five, one = ours.generate(prefixes), ours.generate(prefixes[:1])
 
     def fail_on_rank_1() -> None:

@@ -9,7 +9,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fastrlhf.config import PPOConfig
 from fastrlhf.data.resets import cut_prefix, is_reset, reset_length, sentence_cuts, takes_first
 from fastrlhf.rewards.terms import sentence_end_ids
-from fastrlhf.rollout.engine import Engine, SharedEngine, TransformersEngine
+from fastrlhf.rollout.engine import Engine, TransformersEngine
+from fastrlhf.rollout.shared import SharedEngine
 from fastrlhf.types import EndIds, Prefix, TokenizedExample
 
 ROLL_IN_STREAM = 3
@@ -29,7 +30,7 @@ def make_roll_in(config: PPOConfig, reference: PreTrainedModel, eos_token_id: En
     arXiv 2306.11816). A response ends at its first end token, also with compat reference.
     """
     engine = TransformersEngine.of(config, reference, eos_token_id, stream=ROLL_IN_STREAM)
-    return SharedEngine(engine=engine, model=reference)
+    return SharedEngine(engine=engine, model=reference, response_length=config.response_length)
 
 
 def sentence_ends_of(config: PPOConfig, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

@@ -35,8 +35,9 @@ from fastrlhf.models.vocabulary import limit_vocabulary
 from fastrlhf.rewards.functions import RewardFunction, RewardFunctions
 from fastrlhf.rewards.implicit import implicit_sources, open_implicit_reward
 from fastrlhf.rewards.terms import Rewards, open_rewards
-from fastrlhf.rollout.engine import Engine, SharedEngine, TransformersEngine
+from fastrlhf.rollout.engine import Engine, TransformersEngine
 from fastrlhf.rollout.probe import decoder_of
+from fastrlhf.rollout.shared import SharedEngine
 from fastrlhf.rollout.stop import StoppingEngine, Stops
 from fastrlhf.rollout.vllm import check_vllm, open_vllm
 from fastrlhf.runtime.inputs import Data
@@ -184,7 +185,9 @@ def open_roles(
     if rewards.implicit and rewards.implicit.trained:
         trained.append(rewards.implicit.model)
     shard(*trained, *frozen)
-    sampler = SharedEngine(engine=(engine or make_engine)(config, policy, eos), model=policy)
+    sampler = SharedEngine(
+        engine=(engine or make_engine)(config, policy, eos), model=policy, response_length=config.response_length
+    )
     stops = Stops(strings=config.stop, tokenizer=tokenizer) if config.stop else None
     return Roles(
         policy=policy,

@@ -77,7 +77,9 @@ def update(
                 if config.aggregation == "constant":
                     limit = config.batch_size // config.num_mini_batches * config.response_length
                     weight = (num_tokens / limit).expand(len(item.index))
-                chosen = _policy_loss(config, policy, reference, known, experience, item, weight, num_tokens, live_share)
+                chosen = _policy_loss(
+                    config, policy, reference, known, experience, item, weight, num_tokens, live_share
+                )
                 chosen.loss.backward()  # before the critic's forward, to save memory
                 policy_totals.add(_averaged(chosen.metrics, "tokens") if alone else chosen.metrics)
                 drift += chosen.metrics["approx_kl"].value / num_tokens

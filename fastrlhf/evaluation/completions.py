@@ -11,7 +11,8 @@ from fastrlhf.data.packing import own_micro_batches, pack, sequence
 from fastrlhf.distributed.ranks import total
 from fastrlhf.models.forward import token_logprobs
 from fastrlhf.models.sharding import own_pace
-from fastrlhf.rollout.engine import Decode, SharedEngine, TransformersEngine
+from fastrlhf.rollout.engine import Decode, TransformersEngine
+from fastrlhf.rollout.shared import SharedEngine
 from fastrlhf.rollout.truncation import Truncation, kept_tokens
 from fastrlhf.types import EndIds, Prefix, Rollout, TokenizedExample
 
@@ -45,7 +46,7 @@ def respond(
         decode=decode,
         truncation=truncation or Truncation(),
     )
-    return SharedEngine(engine=engine, model=model).generate(
+    return SharedEngine(engine=engine, model=model, response_length=response_length).generate(
         [
             Prefix(token_ids=example.prompt, num_reset=0, row=example.row, episode=EVAL_EPISODES + i)
             for i, example in enumerate(examples)

@@ -25,8 +25,6 @@ from transformers import PreTrainedModel
 from fastrlhf.config import PPOConfig
 from fastrlhf.data.packing import families, micro_batches, trunks
 from fastrlhf.data.resets import uniforms
-from fastrlhf.distributed.ranks import from_all, share
-from fastrlhf.models.sharding import own_pace
 from fastrlhf.models.vocabulary import allowed_logits
 from fastrlhf.rollout import generate
 from fastrlhf.rollout.cuda_graphs import CapturedSteps
@@ -289,20 +287,6 @@ def _packs(texts: Sequence[Sequence[int]], budget: int) -> list[list[int]]:
 
 def _at_once(_: tuple[int, int], step: Callable[[], None]) -> None:
     step()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SharedEngine:
-    """Combines the engines of all ranks: each rank continues its part of the prefixes and gets all rollouts. Every rank
-    must call it with the same prefixes; an error on one rank is raised on all."""
-
-    engine: Engine
-    model: PreTrainedModel
-
-    def generate(self, prefixes: Sequence[Prefix]) -> list[Rollout]:
-        with own_pace(self.model, gather=not isinstance(self.engine, TransformersEngine)):
-            own = self.engine.generate(share(prefixes))
-        return [rollout for rollouts in from_all(own) for rollout in rollouts]
 
 
 def check_room(prefixes: Sequence[Prefix], response_length: int) -> None:
