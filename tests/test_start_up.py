@@ -36,7 +36,7 @@ print(f"checked: {{sorted(slow)}}")
 
 @pytest.fixture(scope="module")
 def lines(tmp_path_factory) -> list[str]:
-    """Output of a process that imports every module of the algorithms and then trains on a JSONL file."""
+    """The output lines of a process that imports all modules of fastrlhf.algorithms and then trains on a JSONL file."""
     folder = tmp_path_factory.mktemp("start_up")
     model, rows = tiny.save_policy(folder / "model"), folder / "rows.jsonl"
     row = {"prompt": "w1 w2", "chosen": "w3 w4", "rejected": "w5"}

@@ -1,7 +1,8 @@
-"""`python -m bench real bf16`: the error of bfloat16 weights, and whether a run leaves on disk what it evaluated.
+"""`python -m bench real bf16`: measures the error of bfloat16 weights, and whether the saved model of a run has
+the loss that the run evaluated.
 
-The runs train on dialogues in bfloat16, all weights or LoRA, and evaluate on other dialogues at the end. Their folder
-is then read again, in float32 and in bfloat16, and the loss on the evaluated dialogues is computed.
+The runs train all weights or LoRA in bfloat16 on dialogues, and evaluate on held-out dialogues at the end. Then the
+model in their folder is loaded in float32 and in bfloat16, and its loss on the held-out dialogues is computed.
 """
 
 from __future__ import annotations
@@ -72,9 +73,9 @@ def mean_loss(model: PreTrainedModel, packs: Sequence[PackedBatch]) -> float:
 
 
 def rounding(policy: str, packs: Sequence[PackedBatch]) -> dict[str, float]:
-    """Compares the model in bfloat16 with the model in float32: the mean and the largest difference of a token's
-    log-prob (nats), the difference of the mean loss (nats), and the norm of the difference of the gradients of this
-    loss relative to the gradient in float32."""
+    """Compares the model in bfloat16 with the model in float32. Returns the mean and the largest difference of a
+    token's log-prob (nats), the difference of the mean loss (nats), and the norm of the difference of the gradients of
+    this loss, relative to the float32 gradient."""
     logprobs, gradients = [], []
     for dtype in ("float32", "bfloat16"):
         model = load_policy(policy, dtype=dtype)
@@ -103,8 +104,8 @@ def saved_run(
     steps: int,
 ) -> dict[str, Any]:
     """Trains with SFT in bfloat16 and returns held-out losses in nats per token: `before` and `evaluated` are reported
-    by the run, `saved_float32` and `saved_bfloat16` are those of its folder read in this dtype. `share_lost` is the
-    part of the gain that is lost when the folder is read in bfloat16."""
+    by the run, `saved_float32` and `saved_bfloat16` are the losses of the saved model, loaded in this dtype.
+    `share_lost` is the part of the improvement that is lost if the saved model is loaded in bfloat16."""
     with tempfile.TemporaryDirectory() as name:
         config = SFTConfig(
             model_name_or_path=policy, output_dir=name, dtype="bfloat16", device="cpu", response="chosen",

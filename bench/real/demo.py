@@ -1,7 +1,8 @@
 """`make demo-real`: SFT, DPO and DR-PO of SmolLM2-135M on made-up posts, then report.html; ten minutes on two cores.
 
-Every run is LoRA of rank 16 in float32 and starts from the merged model of SFT, or from SmolLM2 itself. The rule that
-judges the held-out summaries also rewards DR-PO; DPO sees pairs in which the better summary is right.
+Every run trains a LoRA adapter of rank 16 in float32. SFT starts from SmolLM2, the other methods from the merged model
+of SFT. The rule that judges the held-out summaries is also the reward of DR-PO. In the pairs of DPO the chosen summary
+is correct.
 """
 
 from __future__ import annotations

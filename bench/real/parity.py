@@ -1,4 +1,4 @@
-"""`python -m bench real parity`: the losses of 20 training steps beside TRL's, and PPO beside a plain loop.
+"""`python -m bench real parity`: compares the losses of 20 training steps with TRL's, and PPO with a plain loop.
 
 Both sides read the same raw rows, so the comparison includes templates and tokenisation. Not compared, because they
 differ by design: the order of the data (TRL gets our order), the warm-up (none here), and TRL's bfloat16 default (off).

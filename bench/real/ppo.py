@@ -1,7 +1,6 @@
-"""PPO updates of SmolLM2 beside an independent loop in plain PyTorch, which shares no code with the trainer.
-
-The loop gets only the prompts and the sampled tokens. It pads, computes full logits, advantages and losses with loops
-over tokens, and steps torch's AdamW.
+"""Compares PPO updates of SmolLM2 with an independent loop in plain PyTorch, which shares no code with the trainer. The
+loop gets only the prompts and the sampled tokens. It pads sequences, computes full logits, computes advantages and
+losses by loops over tokens, and takes steps with torch's AdamW.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ SETTINGS: dict[str, Any] = {
 
 
 def fixed_score(rollouts: Sequence[Rollout]) -> Tensor:
-    """A judge without meaning: a fixed function of the token ids, between 0 and 1."""
+    """An arbitrary judge: a fixed function of the token ids with values between 0 and 1."""
     return torch.tensor([sum(token % 7 for token in r.completion) / (6 * len(r.completion)) for r in rollouts])
 
 
@@ -74,7 +73,7 @@ def compare_ppo(policy: str, folder: Path = RESULTS) -> str:
 
 
 class PlainPPO:
-    """PPO with padded batches and full logits."""
+    """An independent implementation of PPO with padded batches and full logits."""
 
     def __init__(self, config: PPOConfig, folder: str) -> None:
         self.config = config
@@ -134,8 +133,8 @@ class PlainPPO:
         return sums
 
     def distance(self, other: Any) -> tuple[float, float]:
-        """Returns (how far the policy of this loop moved, how far it is from the policy `other`), as the norm over all
-        weights."""
+        """Returns two norms over all weights: of the change of this loop's policy in training, and of its difference
+        from the policy `other`."""
         pairs = zip(self.policy.parameters(), other.parameters(), self.start, strict=True)
         moved = apart = 0.0
         for weight, theirs, start in pairs:
@@ -144,10 +143,10 @@ class PlainPPO:
         return moved**0.5, apart**0.5
 
     def _logprobs(self, model: Any, ids: Tensor, seen: Tensor) -> Tensor:
-        """Log-probs of the next tokens, [N, L - 1]."""
+        """Returns the log-probs of the next tokens, [N, L - 1]."""
         logits = model(ids, attention_mask=seen).logits[:, :-1] / self.config.temperature
         return logits.log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
 
     def _values(self, ids: Tensor, seen: Tensor) -> Tensor:
-        """Values of the states before the next tokens, [N, L - 1]."""
+        """Returns the values of the states before the next tokens, [N, L - 1]."""
         return (self.backbone(ids, attention_mask=seen).last_hidden_state @ self.head)[:, :-1]

@@ -14,7 +14,7 @@ Row = dict[str, Any]
 FILES = {"chat": "hh_helpful_train.jsonl.gz", "text": "tldr_gpt4judged.jsonl.gz"}
 """Form of the rows -> file. chat: conversations (HH, helpful). text: posts and summaries (TL;DR)."""
 LEAST_CHARACTERS = 100
-"""Shorter pairs are left out: the shortest dialogues are greetings."""
+"""Minimum number of characters of a pair. Shorter dialogues are only greetings."""
 
 
 def read_rows(name: str) -> list[Row]:

@@ -1,4 +1,4 @@
-"""Jobs for our trainer and for TRL's: the same rows in the same order, the same model, the same settings."""
+"""Makes the jobs for our trainer and for TRL's, with equal rows in equal order, one model, and equal settings."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from fastrlhf.models.loading import load_reward_model
 from fastrlhf.runtime.optim import index_batches
 
 PAD = "<|endoftext|>"
-"""The padding token of both reward models. SmolLM2's own is its end of turn, <|im_end|>. With it transformers'
-classifiers would read the score at the token before the end."""
+"""The padding token of both reward models. The padding token of SmolLM2 is its end of turn, <|im_end|>, so
+transformers' classifiers would read the score at the token before the end."""
 
 TASKS: dict[str, dict[str, Any]] = {
     "sft": {"trainer": "SFT", "task": "sft"},

@@ -1,10 +1,11 @@
-"""Dynamic sampling (DAPO, Yu et al. 2025, arXiv 2503.14476, eq. 11): groups without spread are sampled anew.
+"""Dynamic sampling (DAPO, Yu et al. 2025, arXiv 2503.14476, eq. 11): groups with equal outcomes are replaced.
 
-The responses of a group that all have one outcome have advantage 0 with group estimators, so the group teaches nothing.
-With `dynamic_sampling_factor` above 1 it is dropped, and a group of another prompt is sampled in its place, round after
-round, until the batch is full of groups with spread or the update has sampled dynamic_sampling_factor times its groups.
-A round samples only as many groups as are missing. If the budget is spent, dropped groups fill the batch, the first
-ones first: they count in averages over the batch, as they do without dynamic sampling.
+If all responses of a group have equal outcomes, their advantages are 0 with group estimators, so the group does not
+change the policy. With `dynamic_sampling_factor` above 1 such a group is dropped, and a group of another prompt is
+sampled in its place. Rounds of sampling continue until the outcomes vary within every group of the batch, or until the
+update has sampled dynamic_sampling_factor times the number of groups of a batch. A round samples only the missing
+groups. If this limit is reached, dropped groups fill the batch in the order of sampling; they count in averages over
+the batch, as without dynamic sampling.
 
 The outcome of a response is its score and its rewards from functions (outcomes.py), without KL and overlong penalty.
 The prompts and the random draws of a refill depend on (seed, update, round) only, so a resumed run repeats them.
@@ -37,12 +38,12 @@ def refilled(
     step: int,
     sample: Callable[[Sequence[TokenizedExample], int], JudgedRollouts],
 ) -> tuple[JudgedRollouts, dict[str, float]]:
-    """Samples groups until the batch is full of groups with spread or the budget is spent; returns the batch and
-    metrics.
+    """Samples groups until the outcomes vary within every group of the batch or the limit is reached; returns the batch
+    and metrics.
 
     `drawn` are the indices of the prompts of update number `step`, counted from 0. `sample` takes prompts and the
     number of their first group, and returns their judged rollouts. Metrics: dynamic_sampling/sampled_groups,
-    /dropped_groups (sampled and not trained on), /unfilled_groups (trained on although they have no spread) and
+    /dropped_groups (sampled and not trained on), /unfilled_groups (trained on although their outcomes are equal) and
     /dropped_tokens.
     """
     size, needed = config.num_generations, len(drawn)

@@ -32,8 +32,8 @@ ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
 READ_BY_MAMBA = ("x_proj", "dt_proj", "out_proj")
 """Linear layers of a Mamba mixer. A Mamba mixer is recognised by its parameters A_log and D."""
 RENAMED_BY_PEFT = frozenset({"gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"})
-"""Endings of layer names that peft takes for experts in an older checkpoint format, and renames. Layers with these
-endings are therefore passed to peft as parameters."""
+"""Endings of layer names that peft would rename, because it regards these layers as experts of an older checkpoint
+format. Layers with these endings are therefore passed to peft as parameters."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

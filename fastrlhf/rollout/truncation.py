@@ -63,8 +63,9 @@ class KeptRecord:
     on the CPU"""
 
     def add(self, episodes: Tensor, positions: Tensor, member: Tensor, ids: Tensor | None = None) -> None:
-        """Records the set of one token for each of n episodes; member [n, V] bool, and `ids` [V] the token of each
-        column, None: the number of the column. It waits for the GPU."""
+        """Records the set of kept tokens of one sampled token for each of n episodes. `member` [n, V] bool says whether
+        the token of a column is in the set; `ids` [V] are the tokens of the columns (None: the column numbers). Waits
+        for the GPU."""
         columns = member.nonzero()[:, 1]
         tokens = (columns if ids is None else ids[columns]).int()
         self._steps.append((episodes.cpu(), positions.cpu(), member.sum(1).cpu(), tokens.cpu()))

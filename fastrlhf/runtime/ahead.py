@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 class Ahead(Generic[B, T]):
-    """Calls a function for the batches of consecutive steps, each while the step before runs:
+    """Calls a function for the batches of consecutive steps. The call for a step runs during the previous step:
     `with Ahead(batches, make) as ahead`, then `ahead.take(step)` in every step.
 
     The function runs in one other thread, so it must not communicate with other ranks, draw from a generator that the

@@ -156,7 +156,8 @@ def _make(
         for field in fields:
             if field not in GROUP_LABELS and getattr(example, field) is None:
                 raise ValueError(f"{name}: row {example.row} has no {field}; remove the row or add the field")
-    ranks = 1 if loaded else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # each rank tokenises the rows of a program
+    # Every rank tokenises the rows that a program passes.
+    ranks = 1 if loaded else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     answers = _answers(config, examples, fields)
     tokenized = tokenize_examples(
         answers,

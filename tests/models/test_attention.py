@@ -51,7 +51,7 @@ VARIANTS = {
 
 
 def draw(segments: list[Segment], num_heads: int = 4, num_key_heads: int = 2) -> tuple[Tensor, Tensor, Tensor]:
-    """Random query [1, H, T, 8], key and value [1, H_kv, T, 8]."""
+    """Draws a random query [1, H, T, 8], and key and value [1, H_kv, T, 8]."""
     generator = torch.Generator().manual_seed(0)
     num_tokens = sum(len(segment.token_ids) for segment in segments)
     shapes = [(1, heads, num_tokens, 8) for heads in (num_heads, num_key_heads, num_key_heads)]

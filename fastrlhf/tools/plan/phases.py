@@ -167,7 +167,7 @@ def sampling_facts(config: PPOConfig, vocab_size: int) -> list[str]:
         size = config.num_generations
         more = int(config.dynamic_sampling_factor * (num // size)) * size - num
         facts.append(
-            f"sampled per update: {num:,} responses, and at most {more:,} more in place of groups without spread"
+            f"sampled per update: {num:,} responses, and at most {more:,} more in place of groups with equal outcomes"
         )
     if config.truncated:
         tokens, most = num * config.response_length, min(config.top_k or vocab_size, vocab_size)

@@ -53,7 +53,7 @@ def test_grpo_has_neither_a_critic_nor_a_reward_model_and_its_records_are_stated
         # 2 groups of 4, and a budget of int(2.5 * 2) = 5 groups.
         (
             {"dynamic_sampling_factor": 2.5},
-            ["sampled per update: 8 responses, and at most 12 more in place of groups without spread"],
+            ["sampled per update: 8 responses, and at most 12 more in place of groups with equal outcomes"],
         ),
         # 8 responses of 512 tokens, with 64 ids of 4 bytes for each token: 1 MiB.
         (
