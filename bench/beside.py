@@ -1,6 +1,6 @@
-"""Times our ops of another checkout of this project in a process of that checkout, for `python -m bench kernels`.
-
-The two builds take turns in the same rounds, so that clock speed and other jobs on the machine affect both equally.
+"""Times the ops of another checkout of this project, in a process that runs the code of that checkout, for `python -m
+bench kernels`. Both builds run alternately in every round, so that clock speed and other jobs on the machine affect
+both equally.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Tests which libraries a command imports: the help page no large one, and training on a JSONL file neither datasets
-nor the libraries that datasets imports."""
+"""Tests which libraries a command imports. The help page must import no large library, and training on a JSONL file
+neither datasets nor the libraries that datasets imports."""
 
 import json
 import pkgutil
@@ -68,7 +68,8 @@ def test_training_on_a_jsonl_file_imports_no_library_for_arrow_files(lines, comm
 
 
 def test_the_other_libraries_import_none_of_them_either(lines):
-    # If a release of transformers, accelerate or peft imports one, the tests above no longer see whether fastrlhf does.
+    # If a release of transformers, accelerate or peft imports such a library, the tests above cannot tell whether
+    # fastrlhf imports it.
     assert lines[-1] == f"checked: {sorted(SLOW)}"
 
 

@@ -1,8 +1,9 @@
 """Renders conversations by a chat template and splits the text into the prompt and the turns of a response.
 
 The template gets every turn with all its keys, and the row's tools, documents and keyword arguments. The start and end
-of a turn are found by rendering the turns up to it; each such text is checked to be a prefix of the whole text. Text is
-searched for in one case only: to find the end of a turn that the template renders differently once other turns follow.
+of a turn are found by rendering the conversation up to this turn; each rendered text must be a prefix of the whole
+text. Text is searched for in one case only: to find the end of a turn that the template renders differently if other
+turns follow.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Divides the episodes of a rollout among the ranks, so that no rank waits long for another."""
+"""Divides the episodes of a rollout among the ranks, so that no rank waits long for other ranks."""
 
 from __future__ import annotations
 

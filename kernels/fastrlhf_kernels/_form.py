@@ -80,13 +80,13 @@ def is_faster(num_rows: int, row_bytes: int, needs: Needs, memory: int | None, l
 
 
 def chunk_rows(num_rows: int, row_bytes: int, memory: int | None) -> int:
-    """Number of rows of a chunk, for `num_rows` rows whose logits take `row_bytes` each: all chunks have about the same
-    number, a multiple of MULTIPLE. `memory` is the memory of the GPU in bytes, None for a CPU.
+    """Returns the number of rows of a chunk, for `num_rows` rows whose logits take `row_bytes` bytes each. All chunks
+    have about equally many rows, a multiple of MULTIPLE. `memory` is the memory of the GPU in bytes, None for a CPU.
 
-    A CPU takes at most a quarter of the rows, so that the op needs far less memory than all logits would, unless they
-    are few. A GPU takes
-    GPU_ROWS, because every chunk reads the weight twice and its gradient once; a small GPU takes fewer. That depends on
-    the whole memory of the GPU and not on its free memory, so that a run always adds in the same order.
+    A CPU takes at most a quarter of the rows, so that the op needs far less memory than all logits, except if there are
+    few logits. A GPU takes GPU_ROWS, because every chunk reads the weight twice and its gradient once; a small GPU
+    takes fewer. The number depends on the total memory of the GPU and not on its free memory, so that a run always adds
+    in the same order.
     """
     if memory is None:
         most = max(min(CPU_ROWS, max(num_rows // 4, MULTIPLE)), CPU_BYTES // row_bytes)

@@ -1,4 +1,5 @@
-"""Tests of an update with the gradients of the head in the forward pass, and of what the choice of form knows."""
+"""Tests of updates that compute the gradients of the head in the forward pass, and of the inputs to the choice of this
+form."""
 
 from functools import partial
 

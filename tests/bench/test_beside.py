@@ -1,4 +1,4 @@
-"""Tests of timing our ops of another checkout; the other checkout is this one."""
+"""Tests of timing the ops of another checkout. In the tests this checkout serves as the other checkout."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,5 @@
-"""Tests of the choice of form, of the rows of a chunk, and of the counted memory against measured memory."""
+"""Tests which form of an op (one shot or two steps) is chosen, how many rows a chunk has, and that counted memory
+equals measured memory."""
 
 import pytest
 import torch

@@ -14,7 +14,8 @@ from tests import tiny
 
 
 def prefixes(lengths, size=1, resets=()) -> list[Prefix]:
-    """Groups of `size` episodes; the text of group g has lengths[g] tokens, and begins like no other text."""
+    """Makes groups of `size` episodes. The text of group g has lengths[g] tokens, and all texts have different
+    beginnings."""
     return [
         Prefix(
             token_ids=[g, *range(3, 2 + length)],
@@ -28,7 +29,8 @@ def prefixes(lengths, size=1, resets=()) -> list[Prefix]:
 
 
 def imbalance(given, parts, response_length) -> float:
-    """The largest number of expected tokens of a rank, divided by the mean; a text is counted once per rank."""
+    """Returns the largest number of expected tokens of a rank, divided by the mean over ranks. A text counts once per
+    rank."""
     loads = []
     for part in parts:
         texts = {tuple(given[i].token_ids) for i in part}
@@ -52,7 +54,8 @@ def test_the_ranks_have_similar_numbers_of_expected_tokens_for_prompts_of_skewed
     monkeypatch, size, contiguous_parts, dealt_parts
 ):
     """The lengths of prompts are log-normal with a median of 400 tokens. With groups of 4 episodes each rank has two
-    groups, and the longest group with the shortest one has 1.333 times the mean of a rank, so no dealing is better."""
+    groups. The longest group and the shortest group together have 1.333 times the mean of a rank, so no other division
+    is better."""
     lengths = np.random.default_rng(0).lognormal(6, 1.2, 64 // size).astype(int).clip(4, 8000).tolist()
     given = prefixes(lengths, size)
     parts = deal(given, 256, 8)
@@ -81,7 +84,7 @@ def test_every_episode_is_dealt_once_by_the_arguments_alone():
 
 @pytest.mark.parametrize("num", [1, 7])
 def test_rollouts_are_those_of_one_rank_in_the_order_of_the_prefixes(monkeypatch, num):
-    """Simulates the ranks one after the other: each collects the rollouts that the others have sampled."""
+    """Simulates the ranks one after the other. Each rank collects the rollouts that the other ranks have sampled."""
     model, given = tiny.policy(), prefixes([4, 9, 3, 7, 5, 12, 6][:num])
     engine = TransformersEngine(model=model, eos_token_id=tiny.EOS, response_length=6, temperature=1.0, seed=3)
     expected = engine.generate(given)

@@ -1,4 +1,4 @@
-"""Tests that the first rows are read as in the run, that later rows are not read, and that the result says so."""
+"""Tests that `inspect` reads the first rows like a run, reads no later rows, and reports this."""
 
 import json
 
@@ -25,7 +25,7 @@ def lines() -> list[str]:
 
 @pytest.fixture
 def write(tmp_path):
-    """Writes the lines of a dataset and returns the keys of a configuration that reads it."""
+    """Writes the lines of a dataset to a file; returns the keys of a configuration that reads this file."""
 
     def write(lines) -> dict:
         tiny.tokenizer().save_pretrained(tmp_path)
