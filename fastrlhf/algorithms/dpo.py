@@ -53,6 +53,7 @@ from fastrlhf.models.sharding import own_pace, shard
 from fastrlhf.runtime.ahead import Ahead
 from fastrlhf.runtime.atomic import check_writable
 from fastrlhf.runtime.inputs import open_inputs
+from fastrlhf.runtime.mixing import shares_of
 from fastrlhf.runtime.optim import Optimizer, index_batches, num_steps
 from fastrlhf.runtime.result import TrainResult
 from fastrlhf.runtime.run import Run
@@ -114,14 +115,13 @@ def train_dpo(
     steps = num_steps(config, num_train)
     if "ipo" in config.losses and config.psi == "identity" and config.label_source == "data":
         log.info(describe_target(config, everything))
-    trained = chain.from_iterable(index_batches(num_train, config.batch_size, steps, config.seed))
-    needed = chain(trained, held_out)
+    batches = partial(index_batches, num_train, config.batch_size, steps, config.seed, shares_of(config, data.train))
+    needed = chain(chain.from_iterable(batches()), held_out)
     reference = open_reference(config, model, trees, needed) if config.has_reference else _no_reference
     shard(model)
     optimizer, diagnoses = Optimizer({"": model}, config, num_steps=steps), Diagnoses(config.losses)
     evaluate_held_out = partial(_evaluate, config, model, reference, everything, held_out)
 
-    batches = partial(index_batches, num_train, config.batch_size, steps, config.seed)
     with (
         Ahead(batches(), partial(_draw, config, everything)) as ahead,
         Run(

@@ -37,6 +37,7 @@ from fastrlhf.models.router_loss import begin_step
 from fastrlhf.models.sharding import own_pace, shard
 from fastrlhf.runtime.atomic import check_writable
 from fastrlhf.runtime.inputs import open_inputs
+from fastrlhf.runtime.mixing import shares_of
 from fastrlhf.runtime.optim import Optimizer, index_batches, num_steps
 from fastrlhf.runtime.result import TrainResult
 from fastrlhf.runtime.run import Run
@@ -82,7 +83,7 @@ def train_kto(
     weights = class_weights(config, list(map(bool, rows.labels("label")[: len(data.train)])))
     model = policy_or_given(config, tokenizer, model)
     num_train, steps = len(data.train), num_steps(config, len(data.train))
-    batches = list(index_batches(num_train, config.batch_size, steps, config.seed))
+    batches = list(index_batches(num_train, config.batch_size, steps, config.seed, shares_of(config, data.train)))
     held_out = list(range(num_train, len(rows)))
     trees = Trees(
         rows, [*batches, *[held_out] * bool(held_out)], limit=min(config.max_length, config.micro_batch_tokens)

@@ -56,6 +56,7 @@ from fastrlhf.report.samples import sample_rows
 from fastrlhf.rewards.functions import RewardFunction, TrainerState, open_reward_functions
 from fastrlhf.rollout.engine import checked_rollouts
 from fastrlhf.runtime.inputs import Data, open_inputs, with_room
+from fastrlhf.runtime.mixing import shares_of
 from fastrlhf.runtime.optim import Optimizer, index_batches, num_steps
 from fastrlhf.runtime.result import TrainResult
 from fastrlhf.runtime.run import Run
@@ -114,6 +115,7 @@ def train_ppo(
     policy, reference, critic, rewards = roles.policy, roles.reference, roles.critic, roles.rewards
     eos = end_ids(tokenizer)
     num_groups = config.batch_size // config.num_generations
+    batches = index_batches(len(prompts), num_groups, steps, config.seed, shares_of(config, prompts))
     token_rewarder = rewards.implicit.model if rewards.implicit and rewards.implicit.trained else None
     refiner = _refiner(config, token_rewarder, steps) if token_rewarder is not None else None
     optimizer = _optimizer(config, policy, critic, steps)
@@ -164,7 +166,7 @@ def train_ppo(
         callbacks=callbacks,
     ) as run:
         opened.stop = partial(run.between_parts, resumable=True)
-        for step, indices in run.remaining(index_batches(len(prompts), num_groups, steps, config.seed)):
+        for step, indices in run.remaining(batches):
             functions.state = TrainerState(global_step=step, max_steps=steps)
             order = np.random.default_rng([config.seed, step]).permutation(num_groups).tolist()
             if opened.experience is not None:  # the run was resumed in the middle of this update

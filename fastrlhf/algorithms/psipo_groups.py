@@ -42,6 +42,7 @@ from fastrlhf.models.given import policy_or_given
 from fastrlhf.models.router_loss import begin_step
 from fastrlhf.models.sharding import own_pace, shard
 from fastrlhf.runtime.inputs import open_inputs
+from fastrlhf.runtime.mixing import shares_of
 from fastrlhf.runtime.optim import Optimizer, index_batches, num_steps
 from fastrlhf.runtime.result import TrainResult
 from fastrlhf.runtime.run import Run
@@ -95,8 +96,8 @@ def train_groups(
     model = policy_or_given(config, tokenizer, model)
     num_train, held_out = len(data.train), range(len(data.train), len(trees))
     steps = num_steps(config, num_train)
-    trained = chain.from_iterable(index_batches(num_train, config.batch_size, steps, config.seed))
-    reference = open_reference(config, model, trees, chain(trained, held_out))
+    batches = partial(index_batches, num_train, config.batch_size, steps, config.seed, shares_of(config, data.train))
+    reference = open_reference(config, model, trees, chain(chain.from_iterable(batches()), held_out))
     shard(model)
     optimizer = Optimizer({"": model}, config, num_steps=steps)
     evaluate_held_out = partial(_evaluate, config, model, reference, groups, held_out)
@@ -111,7 +112,7 @@ def train_groups(
         evaluate=evaluate_held_out if held_out else None,
         callbacks=callbacks,
     ) as run:
-        for step, indices in run.remaining(index_batches(num_train, config.batch_size, steps, config.seed)):
+        for step, indices in run.remaining(batches()):
             totals, drawn = StepMetrics(), [groups[i] for i in indices]
             begin_step(model, sum(len(group.tree) - len({s.parent for s in group.tree} - {-1}) for group in drawn))
             for micro in run.parts(_micro_batches(drawn, config)):

@@ -54,6 +54,7 @@ from fastrlhf.models.reward_head import width
 from fastrlhf.models.router_loss import begin_step
 from fastrlhf.models.sharding import own_pace, shard
 from fastrlhf.runtime.inputs import open_inputs
+from fastrlhf.runtime.mixing import shares_of
 from fastrlhf.runtime.optim import Optimizer, index_batches, num_steps
 from fastrlhf.runtime.result import TrainResult
 from fastrlhf.runtime.run import Run
@@ -102,6 +103,7 @@ def train_reward_model(
     check_micro_batch(config, every, pair_costs(every, config.share_prompts))
     shard(model)
     steps = num_steps(config, len(pairs))
+    batches = index_batches(len(pairs), config.batch_size, steps, config.seed, shares_of(config, rows))
     objective = views.open(width(model.config), model.device, steps) if views else None
     heads, rates = ({"view_": objective.heads}, {"view_": objective.learning_rate}) if objective else ({}, {})
     head_rates = {"": config.head_learning_rate}
@@ -113,7 +115,7 @@ def train_reward_model(
     with Run(
         "reward", config, steps, (model, tokenizer), data=data, parts=parts, evaluate=watch, callbacks=callbacks
     ) as run:
-        for step, indices in run.remaining(index_batches(len(pairs), config.batch_size, steps, config.seed)):
+        for step, indices in run.remaining(batches):
             drawn, seen = [pairs[i] for i in indices], objective.draw(step) if objective else []
             loss_of_views = partial(objective.loss, step=step) if objective else None
             scores, losses, totals = _backward(config, model, drawn, margins[indices], seen, loss_of_views, run.parts)

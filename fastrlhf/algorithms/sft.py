@@ -27,6 +27,7 @@ from fastrlhf.models.router_loss import begin_step
 from fastrlhf.models.sharding import own_pace, shard
 from fastrlhf.runtime.ahead import Ahead
 from fastrlhf.runtime.inputs import open_inputs
+from fastrlhf.runtime.mixing import shares_of
 from fastrlhf.runtime.optim import Optimizer, index_batches, num_steps
 from fastrlhf.runtime.result import TrainResult
 from fastrlhf.runtime.run import Run
@@ -62,7 +63,7 @@ def train_sft(
     optimizer = Optimizer({"": model}, config, num_steps=steps)
     evaluate_held_out = partial(evaluate, model, held_out, config.micro_batch_tokens)
 
-    batches = partial(index_batches, num_train, config.batch_size, steps, config.seed)
+    batches = partial(index_batches, num_train, config.batch_size, steps, config.seed, shares_of(config, data.train))
     with (
         Ahead(batches(), partial(_draw, config, trees)) as ahead,
         Run(

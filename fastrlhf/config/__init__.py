@@ -12,7 +12,8 @@ from fastrlhf.config.commands import CacheConfig, ChatConfig, DemoConfig, EvalCo
 from fastrlhf.config.offline import DPOConfig, KTOConfig, ReferenceConfig, RewardConfig, SFTConfig
 from fastrlhf.config.on_policy import DRPOConfig, GRPOConfig, PPOConfig, RTOConfig
 from fastrlhf.config.rlp import RLPConfig
-from fastrlhf.config.train import COLUMNS, TrainConfig, parse_columns, parse_model_config, parse_template_kwargs
+from fastrlhf.config.sources import COLUMNS, Source, parse_columns
+from fastrlhf.config.train import TrainConfig, parse_model_config, parse_template_kwargs
 
 CONFIGS: dict[str, type] = {
     "sft": SFTConfig,
@@ -54,6 +55,7 @@ __all__ = [
     "ReferenceConfig",
     "RewardConfig",
     "SFTConfig",
+    "Source",
     "TrainConfig",
     "check_config",
     "parse_columns",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from numbers import Integral, Real
 from os import PathLike, fspath
 from types import NoneType, UnionType
@@ -80,6 +80,8 @@ def _plain(hint: Any, value: Any) -> Any:
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Literal and value in arguments:
         return value
+    if is_dataclass(hint) and isinstance(hint, type) and isinstance(value, hint):
+        return value
     if origin in (Union, UnionType):
         for option in arguments:
             try:
@@ -113,6 +115,8 @@ def _in_words(hint: Any) -> str:
     if origin is Literal:
         return f"one of {', '.join(map(str, arguments))}"
     if origin is tuple:
+        if is_dataclass(arguments[0]):
+            return "a list of mappings"
         return "a list of texts" if arguments[0] is str else "a list of numbers"
     return " or ".join(map(_in_words, arguments)) if arguments else NAMES[hint]
 

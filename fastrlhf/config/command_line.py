@@ -15,6 +15,7 @@ from fastrlhf.config.checks import UNREAD
 from fastrlhf.config.choices import NoChoice
 from fastrlhf.config.elsewhere import explain_command
 from fastrlhf.config.paths import with_variables
+from fastrlhf.config.sources import Source
 from fastrlhf.config.train import LORA_KEYS
 
 POSITIONAL = {"merge": ("adapters",), "chat": ("model_name_or_path", "adapter")}
@@ -81,12 +82,34 @@ def _from_flags(kind: type, flags: Sequence[str], command: str) -> Any:
                 args=files.spelled_out(flags, kind),
                 config=(tyro.conf.FlagConversionOff,),
                 use_underscores=True,
+                registry=_with_entries(),
             )
     except SystemExit as stop:
         if not stop.code:  # --help
             raise
         told = _first_paragraph(message.getvalue()).removeprefix(f"Error parsing {kind.__name__}: ")
         raise ValueError(told) from None
+
+
+def _with_entries() -> Any:
+    """Returns rules for the parser that keep an entry of `dataset_name` as text, which the configuration reads."""
+    from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec
+
+    registry = ConstructorRegistry()
+
+    @registry.primitive_rule
+    def entry(info: Any) -> Any:
+        if info.type is not Source:
+            return None
+        return PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="ENTRY",
+            instance_from_str=lambda words: words[0],
+            is_instance=lambda value: isinstance(value, Source),
+            str_from_instance=lambda source: [getattr(source, "path", "")],
+        )
+
+    return registry
 
 
 def split_configs(arguments: Sequence[str]) -> list[str]:

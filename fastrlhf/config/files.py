@@ -18,6 +18,7 @@ from fastrlhf.config.choices import NoChoice
 from fastrlhf.config.elsewhere import explain, explain_command
 from fastrlhf.config.help import keys_of
 from fastrlhf.config.paths import Filled, as_given, filled_in, remember
+from fastrlhf.config.sources import Source
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 
@@ -81,11 +82,11 @@ def _keys_of_command(
 
 
 def _takes_text(hint: Any) -> bool:
-    """Returns whether every value that the hint allows is text, a list of texts or null."""
+    """Returns whether every value that the hint allows is text, a mapping of texts, a list of them, or null."""
     if get_origin(hint) is Literal:
         return all(isinstance(value, str) for value in get_args(hint))
     options = [option for option in get_args(hint) if option not in (NoneType, Ellipsis)]
-    return all(map(_takes_text, options)) if options else hint is str
+    return all(map(_takes_text, options)) if options else hint in (str, Source)
 
 
 def shared_keys(path: str, command: str) -> set[str]:
@@ -127,7 +128,8 @@ def names_folder(values: Iterable[Mapping[str, Any]], folder: str) -> bool:
         text
         for keys in values
         for key, value in keys.items()
-        for text in (value if isinstance(value, (list, tuple)) else [value])
+        for item in (value if isinstance(value, (list, tuple)) else [value])
+        for text in (item.values() if isinstance(item, dict) else [item])
         if key != "output_dir" and isinstance(text, str) and text
     ]
     places = [Path(os.path.abspath(text)) for text in texts]
@@ -217,6 +219,8 @@ def _filled_in(path: str, key: str, value: Any) -> Any:
         if None in value:
             raise ValueError(f"{path}: {key}: item {value.index(None) + 1} of the list is blank; remove it")
         return [_filled_in(path, key, item) for item in value]
+    if isinstance(value, dict):
+        return {name: _filled_in(path, key, item) for name, item in value.items()}
     if not isinstance(value, str) or key == "chat_template":
         return value
     filled = filled_in(key, value)
@@ -313,7 +317,7 @@ def as_flags(values: dict[str, Any]) -> list[str]:
         if isinstance(value, dict):
             flags.append(json.dumps(value))
         elif isinstance(value, list):
-            flags.extend(map(str, value))
+            flags.extend(json.dumps(item) if isinstance(item, dict) else str(item) for item in value)
         else:
             flags.append(str(value))
     return flags

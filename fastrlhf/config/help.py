@@ -126,7 +126,14 @@ def _declarations(kind: type) -> Iterator[tuple[str, str, str]]:
             yield statement.target.id, _in_words(statement.annotation), help
 
 
-WORDS = {"str": "text", "int": "whole number", "float": "number", "bool": "true or false", "None": "null"}
+WORDS = {
+    "str": "text",
+    "int": "whole number",
+    "float": "number",
+    "bool": "true or false",
+    "None": "null",
+    "Source": "mapping",
+}
 
 
 def _in_words(annotation: ast.expr) -> str:

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from fastrlhf.config.batch import processes
 from fastrlhf.config.checks import check_config
+from fastrlhf.config.sources import Source
 from fastrlhf.config.train import TrainConfig
 
 Config = TypeVar("Config", bound=TrainConfig)
@@ -42,10 +43,19 @@ def at_start(config: Config, kind: type, trainer: str) -> Config:
     for field in fields(config):
         value = getattr(config, field.name)
         items = value if isinstance(value, tuple) else (value,)
-        texts = tuple(_absolute(field.name, item) if isinstance(item, str) and item else item for item in items)
+        texts = tuple(_with_absolute(field.name, item) for item in items)
         if texts != items:
             absolute[field.name] = texts if isinstance(value, tuple) else texts[0]
     return changed(config, **absolute) if absolute else config
+
+
+def _with_absolute(key: str, item: Any) -> Any:
+    """Makes the path in an item of a key absolute: a text, or the path of an entry of `dataset_name`."""
+    if isinstance(item, Source):
+        return replace(item, path=_absolute(key, item.path))
+    if isinstance(item, Mapping):
+        return {**item, "path": _absolute(key, str(item.get("path", "")))}
+    return _absolute(key, item) if isinstance(item, str) and item else item
 
 
 def changed(config: Config, **values: Any) -> Config:
@@ -103,6 +113,8 @@ def filled_in(key: str, value: Any) -> Any:
     """Expands $NAME and a leading ~ in a value from a file, except in a chat template, which may be Jinja."""
     if isinstance(value, (list, tuple)):
         return [filled_in(key, item) for item in value]
+    if isinstance(value, Mapping):
+        return {name: filled_in(key, item) for name, item in value.items()}
     if not isinstance(value, str) or key == "chat_template":
         return value
     return os.path.expanduser(os.path.expandvars(value))
@@ -138,6 +150,8 @@ def _absolute(key: str, text: str) -> str:
 def _as_given(key: str, value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return type(value)(_as_given(key, item) for item in value)
+    if isinstance(value, Mapping):
+        return {name: _as_given(key, item) for name, item in value.items()}
     if not isinstance(value, str) or (key, value) in _GIVEN or not os.path.isabs(value):
         return _GIVEN.get((key, value), value)
     for parent in Path(value).parents:  # a path inside output_dir, such as a stage of rlp
@@ -169,7 +183,7 @@ def leads_to(key: str, value: Any, place: Any) -> bool:
     """Returns whether a path, made absolute, equals the absolute path in `place`; lists of paths are compared item by
     item."""
     items, there = (list(x) if isinstance(x, (list, tuple)) else [x] for x in (value, place))
-    return place is not None and [_absolute(key, x) if isinstance(x, str) else x for x in items] == there
+    return place is not None and [_with_absolute(key, x) for x in items] == there
 
 
 def as_number(text: Any) -> Any:

@@ -12,14 +12,8 @@ from fastrlhf.config.batch import BatchKeys
 from fastrlhf.config.checks import above_0, at_default, at_least, check_types, expand_home, require
 from fastrlhf.config.elsewhere import explain
 from fastrlhf.config.schedule import ScheduleKeys
+from fastrlhf.config.sources import Source, read_sources
 from fastrlhf.config.watching import WatchKeys
-
-COLUMNS = (
-    *("prompt", "chosen", "rejected", "reference", "label", "label_prob", "margin"),
-    *("responses", "preferences", "scores", "wins", "num_labels"),
-)
-"""The column names that the key `columns` may map to other names."""
-
 
 LORA_KEYS = (
     *("lora_r", "lora_alpha", "lora_target_modules", "lora_target_parameters", "lora_modules_to_save"),
@@ -124,9 +118,10 @@ class TrainConfig(WatchKeys, ScheduleKeys, BatchKeys):
     """Device of the run. auto: the first CUDA GPU, or the CPU if there is none; under torchrun, the GPU whose index is
     the local rank of the process."""
 
-    dataset_name: str | tuple[str, ...] = ""
+    dataset_name: str | tuple[str, ...] | tuple[Source, ...] = ""
     """Hub name of the dataset, or a local file (.jsonl, .ndjson, .json, .csv, each also .gz or .zst, or .parquet) or
-    folder. A list of datasets is concatenated."""
+    folder. A list of datasets is concatenated. An entry of the list may be a mapping of path, weight, columns, split
+    and config: in YAML, or as JSON in a flag. The rows of a dataset are then drawn in proportion to its weight."""
     dataset_config: str = ""
     """Name of the configuration of a hub dataset that has several."""
     dataset_train_split: str = "train"
@@ -135,9 +130,9 @@ class TrainConfig(WatchKeys, ScheduleKeys, BatchKeys):
     """Split to evaluate on. Empty: the last `num_eval_examples` rows of the training split are held out."""
     num_eval_examples: int = 0
     """Maximum number of rows to evaluate on. 0: all rows of `dataset_test_split`, or none if `dataset_test_split` is
-    empty."""
+    empty. It counts for each dataset of a list of mappings separately."""
     max_train_examples: int = 0
-    """Maximum number of rows to train on; 0: all."""
+    """Maximum number of rows to train on, for each dataset of a list of mappings separately; 0: all."""
     dataset_num_proc: int = 0
     """Number of processes that tokenise the rows; 1: the process of the run itself; 0: one per available core."""
     dataset_cache_dir: str = ""
@@ -254,6 +249,7 @@ class TrainConfig(WatchKeys, ScheduleKeys, BatchKeys):
             return super().__new__(cls)
 
     def __post_init__(self) -> None:
+        self.read_sources()
         expand_home(self)
         if self.report_to == ("none",):
             object.__setattr__(self, "report_to", ())
@@ -307,18 +303,9 @@ class TrainConfig(WatchKeys, ScheduleKeys, BatchKeys):
             require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "in 0..1")
         require(0 <= self.seed < 2**63, "seed", self.seed, "in 0..2^63 - 1")
 
-
-def parse_columns(columns: str) -> dict[str, str]:
-    """Parses "prompt=question,chosen=better" to {"prompt": "question", "chosen": "better"}. Raises ValueError for text
-    in another form."""
-    pairs = [pair.partition("=") for pair in columns.split(",") if pair]
-    for name, equals, column in pairs:
-        if not equals or not column or name not in COLUMNS:
-            raise ValueError(
-                f"columns: {columns!r} must look like prompt=question,chosen=better; the names before = are "
-                f"{', '.join(COLUMNS)}"
-            )
-    return {name: column for name, _, column in pairs}
+    def read_sources(self) -> None:
+        """Makes the entries of `dataset_name` objects of `Source`."""
+        object.__setattr__(self, "dataset_name", read_sources(self.dataset_name))
 
 
 def _is_day(text: str) -> bool:

@@ -356,9 +356,11 @@ def check_micro_batch(config: TrainConfig, examples: Sequence[TokenizedExample],
     """Raises ValueError, naming the row, if an example does not fit a micro-batch. `costs` are the tokens of each
     example."""
     longest = max(range(len(costs)), key=costs.__getitem__)
+    place = getattr(examples, "place", None)  # of a TokenSet, which knows the dataset of a row
+    row = place(longest) if place else f"row {examples[longest].row}"
     require(
         costs[longest] <= config.micro_batch_tokens,
         "micro_batch_tokens",
         config.micro_batch_tokens,
-        f"at least {costs[longest]}, the tokens of row {examples[longest].row}; or lower max_length",
+        f"at least {costs[longest]}, the tokens of {row}; or lower max_length",
     )

@@ -5,7 +5,7 @@ a list of `TokenizedExample`; parts of sets and several sets together share the 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any, cast, overload
 
@@ -47,6 +47,10 @@ class Block:
     untrained tokens; pieces 0..3 are PIECES, and piece 4 + j is response j of the group"""
     labels: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     """Name of a label -> its value in each row; labels that no row has are missing."""
+    dataset: str = ""
+    """Name of the dataset of the rows, if a run has several."""
+    first_row: int = 0
+    """Row number of the first row of this dataset."""
 
     @classmethod
     def of(cls, examples: Sequence[TokenizedExample], places: Sequence[int] | None = None) -> Block:
@@ -87,7 +91,7 @@ class Block:
         """Copies several blocks into one. The places of a block are counted from its own first example; add the number
         of earlier examples to them before."""
         names = {name for block in blocks for name in block.labels}
-        arrays = {
+        arrays: dict[str, Any] = {
             name: np.concatenate([getattr(block, name) for block in blocks])
             for name in ARRAYS
             if not name.endswith("starts")
@@ -179,6 +183,35 @@ class TokenSet(Sequence[TokenizedExample]):
         """Returns the set with the examples from which it was made, which become the `source` of its rows."""
         return TokenSet(self._blocks, self._order, [examples] * len(self._blocks), self.known_fingerprint)
 
+    def of_dataset(self, name: str, first_row: int) -> TokenSet:
+        """Returns the set as rows of the dataset `name`, whose row numbers begin with `first_row`."""
+        blocks = [
+            replace(block, rows=block.rows + first_row, dataset=name, first_row=first_row) for block in self._blocks
+        ]
+        sources = [
+            None if own is None else [replace(example, row=example.row + first_row) for example in own]
+            for own in self._sources
+        ]
+        return TokenSet(blocks, self._order, sources, self.known_fingerprint)
+
+    def datasets(self) -> tuple[list[str], np.ndarray]:
+        """Returns the names of the datasets in order, and [N] int64, the index of the dataset of every row."""
+        names = list(dict.fromkeys(block.dataset for block in self._blocks))
+        numbers = np.array([names.index(block.dataset) for block in self._blocks], np.int64)
+        every = np.repeat(numbers, np.array([len(block) for block in self._blocks], np.int64))
+        return names, every if self._order is None else every[self._order]
+
+    def first_rows(self) -> list[int]:
+        """Returns the row number of the first row of each dataset."""
+        return [*{block.dataset: block.first_row for block in self._blocks}.values()]
+
+    def place(self, index: int) -> str:
+        """Names a row in a message: its row number and, if there are several datasets, its place in its dataset."""
+        number, own = self._find(index)
+        block = self._blocks[number]
+        row = int(block.rows[own])
+        return f"row {row} (row {row - block.first_row} of {block.dataset})" if block.dataset else f"row {row}"
+
     @property
     def blocks(self) -> Sequence[Block]:
         return self._blocks
@@ -234,13 +267,18 @@ class TokenSet(Sequence[TokenizedExample]):
     def _places(self) -> np.ndarray:
         return np.arange(self._first[-1]) if self._order is None else self._order
 
-    def _example(self, index: int, *, arrays: bool) -> TokenizedExample:
+    def _find(self, index: int) -> tuple[int, int]:
+        """Returns the number of the block that has the row at this index, and the index of the row in the block."""
         length = len(self)
         if not -length <= index < length:
             raise IndexError(f"row {index} of {length}")
         place = index % length if self._order is None else int(self._order[index])
         number = 0 if len(self._blocks) == 1 else int(np.searchsorted(self._first, place, "right")) - 1
-        block, own, sources = self._blocks[number], place - int(self._first[number]), self._sources[number]
+        return number, place - int(self._first[number])
+
+    def _example(self, index: int, *, arrays: bool) -> TokenizedExample:
+        number, own = self._find(index)
+        block, sources = self._blocks[number], self._sources[number]
         source = None if sources is None else sources[int(block.places[own])]
         return block.example(own, source, arrays=arrays)
 

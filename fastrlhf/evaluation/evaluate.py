@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -16,9 +17,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fastrlhf.config import ChatConfig, EvalConfig, check_config, require
 from fastrlhf.config.files import as_yaml, load_yaml
 from fastrlhf.config.paths import filled_in
+from fastrlhf.config.sources import Source, read_sources
 from fastrlhf.data.given import Rows
-from fastrlhf.data.rows import source_names
 from fastrlhf.data.specials import end_ids, special_ids
+from fastrlhf.data.token_set import TokenSet
 from fastrlhf.distributed.ranks import check_one_process
 from fastrlhf.evaluation.completions import respond
 from fastrlhf.evaluation.judges import reward_model_judge, score_texts
@@ -165,10 +167,11 @@ def format_table(comparisons: Mapping[str, Comparison], opponent: str, judge: st
     return "\n".join([f"judged by {judge}, intervals of 95 %", *lines])
 
 
-def _warn_of_trained_rows(config: EvalConfig, rows: Sequence[TokenizedExample]) -> None:
-    """Logs a warning if a model was trained on some of `rows` according to the config.yaml of its run."""
-    split = config.dataset_test_split or config.dataset_train_split
-    end = max((row.row for row in rows), default=-1) + 1
+def _warn_of_trained_rows(config: EvalConfig, given: Sequence[TokenizedExample]) -> None:
+    """Logs a warning if a model was trained on some of the rows `given` according to the config.yaml of its run."""
+    split, rows = config.dataset_test_split or config.dataset_train_split, TokenSet.of(given)
+    numbers, (_, datasets) = np.array(rows.rows(), np.int64), rows.datasets()
+    by_dataset = [numbers[datasets == i] - first for i, first in enumerate(rows.first_rows())]
     for name in config.models:
         run = _run_config(name)
         if (
@@ -178,8 +181,11 @@ def _warn_of_trained_rows(config: EvalConfig, rows: Sequence[TokenizedExample]) 
         ):
             continue
         held_out = 0 if run.get("dataset_test_split") else run.get("num_eval_examples", 0)
-        trained = min(end - held_out, run.get("max_train_examples") or end)
-        if num := sum(row.row < trained for row in rows):
+        most, num = run.get("max_train_examples") or math.inf, 0
+        for own in by_dataset:
+            end = own.max(initial=-1) + 1
+            num += int((own < min(end - held_out, most)).sum())
+        if num:
             log.warning(
                 "models: %s was trained on at least %d of the %d rows on which it is judged; hold them out by "
                 "the same num_eval_examples in training and evaluation",
@@ -187,8 +193,15 @@ def _warn_of_trained_rows(config: EvalConfig, rows: Sequence[TokenizedExample]) 
             )
 
 
-def _places(dataset_name: str | Sequence[str]) -> list[Path]:
-    return [Path(name).expanduser().resolve() for name in source_names(dataset_name)]
+def _places(dataset_name: Any) -> list[Any]:
+    """Returns the paths of the datasets, with the settings of entries other than their weights."""
+    names = read_sources(dataset_name)
+    return [
+        replace(name, path=str(Path(name.path).resolve()), weight=1.0)
+        if isinstance(name, Source)
+        else Path(name).expanduser().resolve()
+        for name in ([names] if isinstance(names, str) else names)
+    ]
 
 
 def _run_config(model: str) -> dict[str, Any]:

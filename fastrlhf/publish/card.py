@@ -21,6 +21,7 @@ from fastrlhf import __version__
 from fastrlhf.config import CONFIGS, RewardConfig, TrainConfig
 from fastrlhf.config.compare import SAME_MODEL
 from fastrlhf.config.paths import FUNCTIONS, as_given
+from fastrlhf.config.sources import weighted
 from fastrlhf.data.rows import is_local
 from fastrlhf.publish.methods import methods_of
 from fastrlhf.publish.papers import PAPERS
@@ -175,7 +176,9 @@ class Card:
         config = self.config
         named = [_link(name, "datasets/") for name in self.datasets] or [IN_PYTHON]
         if self.datasets:
-            named = [f"{name}, split `{config.dataset_train_split}`" for name in named]
+            entries = weighted(config.dataset_name) or [None] * len(named)
+            splits = [entry.split if entry and entry.split else config.dataset_train_split for entry in entries]
+            named = [f"{name}, split `{split}`" for name, split in zip(named, splits, strict=True)]
         held_out = f", evaluated on {self.num_eval} held-out rows" if self.num_eval else ", without an evaluation"
         return "\n".join([*(f"- {name}" for name in named), "", f"Trained on {self.num_train} rows{held_out}."])
 
@@ -238,6 +241,8 @@ def shown_path(text: str) -> str:
 def _shown(key: str, value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_shown(key, item) for item in value]
+    if isinstance(value, Mapping):
+        return {name: _shown(key, item) for name, item in value.items() if item is not None}
     if not isinstance(value, str):
         return value
     if key == "chat_template":

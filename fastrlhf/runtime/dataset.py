@@ -11,17 +11,20 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from fastrlhf.config import DPOConfig, KTOConfig, SFTConfig, TrainConfig, parse_columns, require
+from fastrlhf.config import DPOConfig, KTOConfig, SFTConfig, Source, TrainConfig, parse_columns, require
+from fastrlhf.config.paths import changed
+from fastrlhf.config.sources import dataset_names, labels_of, weighted
 from fastrlhf.data.examples import LoadedExamples, load_examples
 from fastrlhf.data.fingerprints import code_fingerprint, digest_of, tokenizer_fingerprint
 from fastrlhf.data.forms import RESPONSES
 from fastrlhf.data.given import given_examples
 from fastrlhf.data.labels import GROUP_LABELS
 from fastrlhf.data.parallel import default_processes
-from fastrlhf.data.rows import source_fingerprint, source_names
+from fastrlhf.data.rows import source_fingerprint
 from fastrlhf.data.token_report import TokenReport
 from fastrlhf.data.tokens import TextRules, tokenize_examples
 from fastrlhf.data.turns import from_first_answer
+from fastrlhf.runtime.mixing import describe, join_parts
 from fastrlhf.runtime.token_store import Part, read_part, store_folder, write_part
 from fastrlhf.types import Example
 
@@ -83,18 +86,66 @@ def dataset_parts(
     token store are mapped; other parts are read, tokenised and stored. With `keep_rows`, rows are always read, and
     every tokenised row holds its example.
 
-    Raises ValueError as `load_examples` and `tokenize_examples` do. It does not communicate with other ranks.
+    The entries of `dataset_name`, if it has any, are read one by one, each as the only dataset of a run would be, and
+    then joined; the numbers of the rows of an entry follow those of the entry before. Raises ValueError as
+    `load_examples` and `tokenize_examples` do, and then names the entry. It does not communicate with other ranks.
     """
-    require(
-        all(source_names(config.dataset_name) or [""]),
-        "dataset_name",
-        config.dataset_name,
-        "a hub name, or a local file or folder",
-    )
+    sources = weighted(config.dataset_name)
+    if not sources:
+        return _parts(config, tokenizer, fields, wanted, day, keep_rows=keep_rows)
+    by_source = []
+    for index, source in enumerate(sources):
+        own = [replace(rows, split=_split(config, source, rows)) for rows in wanted]
+        single = changed(
+            config,
+            dataset_name=source.path,
+            dataset_config=config.dataset_config if source.config is None else source.config,
+            columns=config.columns if source.columns is None else source.columns,
+        )
+        try:
+            by_source.append(_parts(single, tokenizer, fields, own, day, keep_rows=keep_rows))
+        except ValueError as error:
+            raise ValueError(f"dataset_name[{index}]: {error}") from error
+    joined = [
+        join_parts(parts, labels_of(sources), _first_rows(wanted, rows.split, by_source))
+        for rows, parts in zip(wanted, zip(*by_source, strict=True), strict=True)
+    ]
+    for rows, part in zip(wanted, joined, strict=True):
+        if part:
+            log.info("%s: %s", rows.name, describe(config, part.rows))
+    return joined
+
+
+def _split(config: TrainConfig, source: Source, rows: Rows) -> str:
+    """Returns the split of a source from which `rows` are read: its own split replaces the training split."""
+    return source.split if source.split is not None and rows.split == config.dataset_train_split else rows.split
+
+
+def _first_rows(wanted: Sequence[Rows], split: str, by_source: Sequence[Sequence[Part | None]]) -> list[int]:
+    """Returns the row number that the first row of each source gets in a split."""
+    read = [
+        max(part.num_read if part else 0 for rows, part in zip(wanted, parts, strict=True) if rows.split == split)
+        for parts in by_source
+    ]
+    return [sum(read[:index]) for index in range(len(read))]
+
+
+def _parts(
+    config: TrainConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    fields: Sequence[str],
+    wanted: Sequence[Rows],
+    day: str,
+    *,
+    keep_rows: bool,
+) -> list[Part | None]:
+    """Returns the tokenised rows of each of `wanted` from a name or a list of names."""
+    names = dataset_names(config.dataset_name)
+    require(all(names or [""]), "dataset_name", config.dataset_name, "a hub name, or a local file or folder")
 
     @cache
     def load(split: str, limit: int) -> LoadedExamples:
-        return load_examples(config.dataset_name, split=split, limit=limit or None, **_reading(config, fields))
+        return load_examples(names, split=split, limit=limit or None, **_reading(config, fields))
 
     folder, own = store_folder(config.dataset_cache_dir), tokenizer_fingerprint(tokenizer)
     if own is None:
@@ -169,7 +220,7 @@ def _make(
     return Part(
         rows=tokenized.examples,
         report=tokenized.report,
-        **({"loaded": loaded.summary(), "origin": loaded.origin()} if loaded else {}),
+        **({"loaded": loaded.summary(), "origin": loaded.origin(), "num_read": loaded.num_rows} if loaded else {}),
         conversations=bool(prompts),
         earlier_turns=sum(turn["role"] == "assistant" for prompt in prompts for turn in prompt),
     )
@@ -215,13 +266,13 @@ def _keys(
     `warnings`."""
     if tokenizer is None:
         return [None] * len(wanted)
-    name, config_name = config.dataset_name, config.dataset_config or None
+    names, config_name = dataset_names(config.dataset_name), config.dataset_config or None
     sources = {
-        split: source_fingerprint(name, split, config_name, warnings.append)
+        split: source_fingerprint(names, split, config_name, warnings.append)
         for split in dict.fromkeys(rows.split for rows in wanted)
     }
     split_off = (config.num_eval_examples, config.max_train_examples)
-    common = (name, _reading(config, fields), config.system_prompt, _train_on(config), _settings(config, fields, day))
+    common = (names, _reading(config, fields), config.system_prompt, _train_on(config), _settings(config, fields, day))
     return [
         digest_of(
             code_fingerprint(),
@@ -233,7 +284,7 @@ def _keys(
 
 
 def _told(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, rows: Rows) -> str:
-    names = ", ".join(source_names(config.dataset_name))
+    names = ", ".join(dataset_names(config.dataset_name))
     return f"{names} ({rows.split}, {rows.name}), tokenizer {tokenizer.name_or_path}"
 
 

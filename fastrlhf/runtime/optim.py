@@ -19,6 +19,7 @@ from fastrlhf.config import TrainConfig
 from fastrlhf.models.router_loss import router_loss
 from fastrlhf.models.sharding import first_entry, full, like, of_parts, part
 from fastrlhf.runtime.adamw import make_adamw, moments, moments_in_8_bits, set_moments
+from fastrlhf.runtime.mixing import Shares, mixed_epochs
 from fastrlhf.runtime.schedule import schedule
 
 BUCKET = 2**26
@@ -226,15 +227,16 @@ def num_steps(config: TrainConfig, num_items: int) -> int:
     return max(1, math.ceil(config.num_train_epochs * num_items / config.batch_size))
 
 
-def index_batches(num_items: int, batch_size: int, steps: int, seed: int) -> Iterator[list[int]]:
+def index_batches(num_items: int, batch_size: int, steps: int, seed: int, shares: Shares = ()) -> Iterator[list[int]]:
     """Yields `steps` batches of exactly `batch_size` indices from one permutation after the other, each drawn with
-    (seed, epoch)."""
+    (seed, epoch). With `shares`, rows are drawn in proportion to the weights of their datasets
+    (runtime/mixing.py)."""
     pending: list[int] = []
-    epoch = 0
+    permutations = (np.random.default_rng([seed, epoch]).permutation(num_items) for epoch in itertools.count())
+    epochs = mixed_epochs(shares, seed) if shares else permutations
     for _ in range(steps):
         while len(pending) < batch_size:
-            pending.extend(np.random.default_rng([seed, epoch]).permutation(num_items).tolist())
-            epoch += 1
+            pending.extend(next(epochs).tolist())
         yield pending[:batch_size]
         del pending[:batch_size]
 

@@ -51,6 +51,8 @@ class Part:
     """Whether any row is a conversation."""
     earlier_turns: int = 0
     """Number of turns of the assistant in the prompts of conversations."""
+    num_read: int = 0
+    """Number of rows that were read, including unusable ones."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,6 +141,7 @@ def _fill(place: Path, part: Part, told: str) -> None:
         "origin": asdict(part.origin) | {"read": sorted(part.origin.read)},
         "conversations": part.conversations,
         "earlier_turns": part.earlier_turns,
+        "num_read": part.num_read,
     }
     (place / PART).write_text(json.dumps(facts), encoding="utf-8", errors="surrogatepass")
 
@@ -154,6 +157,7 @@ def _read(entry: Path) -> Part:
         origin=Origin(sources=tuple(origin["sources"]), lines=origin["lines"], read=frozenset(origin["read"])),
         conversations=facts["conversations"],
         earlier_turns=facts["earlier_turns"],
+        num_read=facts["num_read"],
     )
 
 

@@ -10,9 +10,10 @@ from dataclasses import replace
 from itertools import islice
 
 from fastrlhf.config import PPOConfig, TrainConfig, parse_columns
+from fastrlhf.config.sources import dataset_names, weighted
 from fastrlhf.data.examples import load_examples
 from fastrlhf.data.given import given_examples
-from fastrlhf.data.rows import read_rows, source_names
+from fastrlhf.data.rows import read_rows
 from fastrlhf.data.tokens import TextRules
 from fastrlhf.runtime.dataset import given_part
 from fastrlhf.runtime.inputs import open_tokenizer, template_day, with_room
@@ -31,21 +32,21 @@ def open_first_rows(config: TrainConfig, num: int) -> Work | None:
     because they hold for all rows. Raises ValueError for a bad path, for columns without a known form, and if none of
     these rows is usable.
     """
-    names, most = source_names(config.dataset_name), config.max_train_examples
-    if not names or not all(names):
+    names, most = dataset_names(config.dataset_name), config.max_train_examples
+    if weighted(config.dataset_name) or not names or not all(names):
         return None
     held_out = 0 if config.dataset_test_split else config.num_eval_examples  # the last rows of the split
     if 0 < most <= num and not held_out:
         return None
     split, config_name = config.dataset_train_split, config.dataset_config or None
     num_needed = num + held_out
-    if sum(1 for _ in islice(read_rows(config.dataset_name, split, config_name), num_needed + 1)) <= num_needed:
+    if sum(1 for _ in islice(read_rows(names, split, config_name), num_needed + 1)) <= num_needed:
         return None
     config = replace(without_model(config), max_bad_fraction=1.0, max_dropped_fraction=1.0)
     tokenizer, fields = open_tokenizer(config), fields_of(config)
     day = template_day(config, tokenizer)
     loaded = load_examples(
-        config.dataset_name,
+        names,
         split=split,
         config_name=config_name,
         columns=parse_columns(config.columns),

@@ -108,7 +108,7 @@ def inspect_rows(config: TrainConfig, num: int, num_read: int | None = FEW) -> I
     return Inspection(
         tokenizer=work.tokenizer,
         facts=[*_describe_rows(config, work), _describe_tokens(trees, work), *step],
-        rows=[_row(config, work, examples[i], trees[i]) for i in drawn[:num]],
+        rows=[_row(config, work, i, trees[i]) for i in drawn[:num]],
         special=frozenset(special_tokens(work.tokenizer)),
     )
 
@@ -207,22 +207,23 @@ def _episodes(config: PPOConfig, work: Work, num: int) -> Inspection:
         facts.append("with reset_source sample the reference model writes what resets copy, so no reset is shown here")
     if config.reset_source == "rollout":
         facts.append("with reset_source rollout the policy writes what resets copy, so no reset is shown here")
-    numbered = {example.row: example for example in work.examples}
+    index_of = {row: index for index, row in enumerate(work.examples.rows())}
     return Inspection(
         tokenizer=work.tokenizer,
         facts=facts,
-        rows=[_episode(config, work, numbered[prefix.row], prefix) for prefix in prefixes[:num]],
+        rows=[_episode(config, work, index_of[prefix.row], prefix) for prefix in prefixes[:num]],
         special=frozenset(special_tokens(work.tokenizer)),
     )
 
 
-def _episode(config: PPOConfig, work: Work, example: TokenizedExample, prefix: Prefix) -> Row:
+def _episode(config: PPOConfig, work: Work, index: int, prefix: Prefix) -> Row:
+    example = work.examples[index]
     num_prompt = len(prefix.token_ids) - prefix.num_reset
     roles = ["prompt"] * num_prompt + ["reset"] * prefix.num_reset
     turns = _turns(work, example, config.reset_source, example.prompt, prefix.token_ids[num_prompt:])
     depth = f", {prefix.reset_depth:.0%} of the response" if prefix.num_reset else ""
     return Row(
-        title=f"row {prefix.row}, episode {prefix.episode}: reset of {prefix.num_reset} tokens{depth}",
+        title=f"{work.examples.place(index)}, episode {prefix.episode}: reset of {prefix.num_reset} tokens{depth}",
         lines=[
             Line(
                 name="prefix",
@@ -235,7 +236,8 @@ def _episode(config: PPOConfig, work: Work, example: TokenizedExample, prefix: P
     )
 
 
-def _row(config: TrainConfig, work: Work, example: TokenizedExample, tree: Tree) -> Row:
+def _row(config: TrainConfig, work: Work, index: int, tree: Tree) -> Row:
+    example, place = work.examples[index], work.examples.place(index)
     trunks, ends = {segment.parent for segment in tree}, end_ids(work.tokenizer)
     names, lines = _names(config), []
     for index, segment in enumerate(tree):
@@ -261,7 +263,7 @@ def _row(config: TrainConfig, work: Work, example: TokenizedExample, tree: Tree)
                 turns=_turns(work, example, response, example.prompt, ids)[-length:],
             )
         )
-    title = f"row {example.row}: {num_computed(tree)} tokens, {_num_scored(tree)} trained"
+    title = f"{place}: {num_computed(tree)} tokens, {_num_scored(tree)} trained"
     return Row(title=title, lines=lines, details=_details(work, example))
 
 

@@ -325,3 +325,21 @@ def test_the_command_uses_the_only_section_and_asks_if_there_are_two(settings, t
     assert "--command: 'stf' is not a trainer; did you mean 'sft'?" in capsys.readouterr().err
     assert main(["inspect", "--config", str(file), "--command", "sft", "--num", "0"]) == 2
     assert "num: must be at least 1; got 0" in capsys.readouterr().err
+
+
+def test_rows_of_several_datasets_are_named_by_their_place(settings, tmp_path):
+    words = {"prompt": "w1 w2", "completion": "w3"}
+    for name, num in (("a", 3), ("b", 2)):
+        (tmp_path / f"{name}.jsonl").write_text((json.dumps(words) + "\n") * num)
+    entries = [str(tmp_path / "a.jsonl"), {"path": str(tmp_path / "b.jsonl"), "weight": 3}]
+    inspection = inspect_rows(SFTConfig(**settings | {"dataset_name": entries, "max_steps": 5}), 5)
+    titles = [row.title.partition(":")[0] for row in inspection.rows]
+    known = {
+        "row 0 (row 0 of a)",
+        "row 1 (row 1 of a)",
+        "row 2 (row 2 of a)",
+        "row 3 (row 0 of b)",
+        "row 4 (row 1 of b)",
+    }
+    assert set(titles) <= known
+    assert sum(title.endswith("of b)") for title in titles) == 3  # of 5 draws, b has 3 * 2 / (1 * 3 + 3 * 2)

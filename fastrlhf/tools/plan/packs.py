@@ -14,8 +14,9 @@ from transformers import PreTrainedTokenizerBase
 
 from fastrlhf.algorithms.experience import pack_episodes
 from fastrlhf.config import DPOConfig, PPOConfig, RewardConfig, TrainConfig, require
+from fastrlhf.config.sources import dataset_names
 from fastrlhf.data.packing import forest, micro_batches, num_computed, num_in_sequences, pack, unpack
-from fastrlhf.data.rows import is_local, source_names
+from fastrlhf.data.rows import is_local
 from fastrlhf.models.alone import num_computed_alone
 from fastrlhf.runtime.inputs import open_tokenizer
 from fastrlhf.tools.plan.work import open_work, to_tree
@@ -50,7 +51,7 @@ class Packs:
 
 
 def read_rows(config: TrainConfig) -> Rows:
-    sources = source_names(config.dataset_name)
+    sources = dataset_names(config.dataset_name)
     require(all(sources or [""]), "dataset_name", config.dataset_name, "a hub name, or a local file or folder")
     if all(map(is_local, sources)):
         work = open_work(config, most_batches=MOST_BATCHES)

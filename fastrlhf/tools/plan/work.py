@@ -15,9 +15,11 @@ from fastrlhf.algorithms.prefixes import draw_prefixes, reset_fields, sentence_e
 from fastrlhf.algorithms.scoring import Tree
 from fastrlhf.config import DPOConfig, KTOConfig, PPOConfig, RewardConfig, SFTConfig, TrainConfig
 from fastrlhf.data.examples import Origin
+from fastrlhf.data.token_set import TokenSet
 from fastrlhf.data.tokens import TextRules, TokenReport
 from fastrlhf.models.loading import check_architecture
 from fastrlhf.runtime.inputs import open_inputs, with_room
+from fastrlhf.runtime.mixing import shares_of
 from fastrlhf.runtime.optim import index_batches, num_steps
 from fastrlhf.types import Prefix, Rollout, TokenizedExample
 
@@ -27,7 +29,7 @@ class Work:
     """The rows of a run and the order in which it draws them."""
 
     tokenizer: PreTrainedTokenizerBase
-    examples: Sequence[TokenizedExample]
+    examples: TokenSet
     """Training rows; in on-policy runs, only rows whose prompt leaves room for a response."""
     report: TokenReport
     steps: int
@@ -50,13 +52,13 @@ def open_work(config: TrainConfig, most_batches: int = 1, *, keep_rows: bool = F
     Raises ValueError as the trainer would.
     """
     tokenizer, data = open_inputs(without_model(config), fields_of(config), None, None, keep_rows=keep_rows)
-    examples = data.train
+    examples = TokenSet.of(data.train)
     if isinstance(config, PPOConfig):
         examples = with_room(examples, "train", config.max_length, config.response_length)
         steps, size = ppo.num_updates(config, len(examples)), config.batch_size // config.num_generations
     else:
         steps, size = num_steps(config, len(examples)), config.batch_size
-    drawn = index_batches(len(examples), size, steps, config.seed)
+    drawn = index_batches(len(examples), size, steps, config.seed, shares_of(config, examples))
     return Work(
         tokenizer=tokenizer,
         examples=examples,
