@@ -33,6 +33,7 @@ from fastrlhf_kernels._tiles import (
     Tiles,
     pinned_tiles,
 )
+from fastrlhf_kernels._triton import OPTIONS
 
 ARCHITECTURES = (80, 90, 100)
 CONSUMER = (86, 89, 120)
@@ -120,7 +121,7 @@ def compile_case(case: Case, arch: int) -> Compiled:
     built = triton.compile(
         ASTSource(case.kernel, signature, constexprs=constants, attrs=aligned),
         target=GPUTarget("cuda", arch, 32),
-        options={"num_warps": case.warps, "num_stages": case.stages},
+        options={"num_warps": case.warps, "num_stages": case.stages, **OPTIONS},
     )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(built.asm["cubin"])

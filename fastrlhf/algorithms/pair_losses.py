@@ -103,7 +103,7 @@ def loss_of_pairs(
     if not user_defined:
         return output
     # The loss of pair_loss is replaced; its metrics, which depend on the log-ratios and on beta only, stay.
-    log_ratio = torch.segment_reduce(logprob, "sum", offsets=cu_rows.long())
+    log_ratio = torch.segment_reduce(logprob, "sum", offsets=cu_rows.long(), unsafe=True)
     if reference_logprob is not None and not free:
         log_ratio = log_ratio - reference_logprob
     losses = pair_function(name)(*_normed(log_ratio, cu_rows, config.length_norm_of(name)).unbind(1))

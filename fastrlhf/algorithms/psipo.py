@@ -288,4 +288,4 @@ def _by_prompt(judge: Judge, rollouts: Sequence[Rollout]) -> dict[tuple[int, ...
 
 def _group_sums(values: Tensor, cu_groups: Tensor) -> Tensor:
     """Sums [N] over groups to [G], in a fixed order."""
-    return torch.segment_reduce(values, "sum", offsets=cu_groups.long())
+    return torch.segment_reduce(values, "sum", offsets=cu_groups.long(), unsafe=True)

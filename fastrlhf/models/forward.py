@@ -197,7 +197,14 @@ def token_logprobs(
     given, the distribution of each row is restricted to its `kept` tokens."""
     states = scored_states(model, batch)
     return state_logprobs(
-        model, states, batch.targets, temperature=temperature, kept=kept, entropy=entropy, stats=stats
+        model,
+        states,
+        batch.targets,
+        temperature=temperature,
+        kept=kept,
+        entropy=entropy,
+        stats=stats,
+        skip_rows=False,  # losses of whole sequences have a gradient in every row
     )
 
 
@@ -210,9 +217,10 @@ def state_logprobs(
     kept: KeptTokens | None = None,
     entropy: bool = False,
     stats: bool = False,
+    skip_rows: bool = True,
 ) -> TokenLogprobs:
     """Computes the log-probs of `token_logprobs` from given `scored_states` [R, D]; targets [R] int64, temperature a
-    number or [R]. `stats` is ignored with `kept`."""
+    number or [R]. `stats` and `skip_rows` (see `linear_logprob`) are ignored with `kept`."""
     weight, bias = head_of(model, by_id=kept is not None)
     found = logit_map(model)
     if kept is not None:
@@ -238,6 +246,7 @@ def state_logprobs(
         softcap=found.softcap,
         entropy=entropy,
         stats=stats,
+        skip_rows=skip_rows,
     )
 
 

@@ -21,6 +21,7 @@ from fastrlhf_kernels._tiles import (
     row_major,
     scales,
 )
+from fastrlhf_kernels._triton import OPTIONS
 
 FAR = 1e30  # used as the peak of a row, it makes every exp(z - peak) of the row 0
 SHARE = 1536  # vocabulary columns that one program of the forward kernel processes; see `waves` in bench/aot.py
@@ -94,9 +95,21 @@ def forward(
         PRECISION,
         num_warps=tiles.warps,
         num_stages=tiles.stages,
+        **OPTIONS,
     )
     merge_kernel[(cdiv(num_rows, MERGED_ROWS),)](
-        partial, targets, *outputs, num_rows, shares, vocab, ignore, entropy, stats, MERGED_ROWS, MERGED_SHARES
+        partial,
+        targets,
+        *outputs,
+        num_rows,
+        shares,
+        vocab,
+        ignore,
+        entropy,
+        stats,
+        MERGED_ROWS,
+        MERGED_SHARES,
+        **OPTIONS,
     )
     return outputs
 
@@ -161,6 +174,7 @@ def backward(
             PRECISION,
             num_warps=tiles.warps,
             num_stages=tiles.stages,
+            **OPTIONS,
         )
 
     multiply_parts(launch, hidden, weight, tiles.vocab, grad_hidden, grad_weight, grad_bias)
@@ -239,4 +253,5 @@ def scale_masses(
         SCALED_ROWS,
         tiles.vocab,
         softcap is not None,
+        **OPTIONS,
     )

@@ -32,7 +32,7 @@ from fastrlhf_kernels._tiles import (
     row_scale,
     scales,
 )
-from fastrlhf_kernels._triton import jit, tl
+from fastrlhf_kernels._triton import OPTIONS, jit, tl
 
 Transform = tuple[Tensor | None, float, float, float | None]
 """(temperature per row, temperature, scale, soft cap) of both models"""
@@ -82,7 +82,16 @@ def forward(
         *arguments, partial, ignore, SHARE=_head.SHARE, ENTROPY=entropy, **constants
     )
     merge_kernel[(cdiv(num_rows, _head.MERGED),)](
-        partial, targets.contiguous(), *outputs, num_rows, shares, vocab, ignore, entropy, _head.MERGED
+        partial,
+        targets.contiguous(),
+        *outputs,
+        num_rows,
+        shares,
+        vocab,
+        ignore,
+        entropy,
+        _head.MERGED,
+        **OPTIONS,
     )
     return outputs
 
@@ -125,7 +134,7 @@ def _prepare(
     constants = {
         "ROWS": tiles.rows, "VOCAB": tiles.vocab, "INNER": tiles.inner, "GROUP": _head.GROUP, "PRECISION": PRECISION,
         "SOFTCAP": softcap is not None, "DESCRIPTORS": tiles.descriptors,
-        "num_warps": tiles.warps, "num_stages": tiles.stages,
+        "num_warps": tiles.warps, "num_stages": tiles.stages, **OPTIONS,
     }  # fmt: skip
     return tiles, arguments, constants
 

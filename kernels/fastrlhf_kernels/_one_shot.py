@@ -228,7 +228,7 @@ class _TorchChunks:
             found = statistics(own if self.keeps_masses else own.clone(), targets - part.start, entropy, False)
             state = merged(state, found)
             peaks.append(found[0])
-        peak, total, target, gap, _ = state
+        peak, total, target, gap, _ = state  # pyright: ignore[reportAssignmentType]
         log_total = total.log()
         if self.keeps_masses:
             self.factors = [(own - peak).exp() for own in peaks]

@@ -24,9 +24,16 @@ else:
 INTERPRETED = triton is not None and bool(triton.knobs.runtime.interpret)  # pyright: ignore[reportAttributeAccessIssue]
 
 
+NOT_SPECIALISED = ("num_rows",)
+"""Arguments of kernels that change from pack to pack. Triton would compile a kernel anew for 1 and for the first
+multiple of 16."""
+OPTIONS = {"enable_fp_fusion": True}
+"""Options of every launch. Products and sums are fused into one rounding; Triton 3.10 changes the default."""
+
+
 def jit(function: Callable[..., Any]) -> Any:
     """Applies `triton.jit`. Without Triton, returns the function unchanged; it is then never called."""
-    return function if triton is None else triton.jit(function)
+    return function if triton is None else triton.jit(do_not_specialize=NOT_SPECIALISED)(function)
 
 
 def constant(value: Any) -> Any:

@@ -28,7 +28,7 @@ from fastrlhf_kernels import _rows
 from fastrlhf_kernels._checks import check_cu_seqlens, check_range, check_rows, check_tensor
 from fastrlhf_kernels._rows import contiguous, load_float32
 from fastrlhf_kernels._segments import segment_bounds, segment_of_row
-from fastrlhf_kernels._triton import jit, tl, use_triton
+from fastrlhf_kernels._triton import OPTIONS, jit, tl, use_triton
 
 
 @torch.no_grad()
@@ -98,7 +98,7 @@ def _gae(
     tensors = contiguous(reward, value, cu_seqlens, mask, bootstrap)
     with torch.cuda.device_of(reward):
         options = (len(reward), gamma, gamma * lam, _rows.BLOCK)
-        gae_kernel[(len(cu_seqlens) - 1,)](*tensors, advantage, returns, *options)
+        gae_kernel[(len(cu_seqlens) - 1,)](*tensors, advantage, returns, *options, **OPTIONS)
     return advantage, returns
 
 

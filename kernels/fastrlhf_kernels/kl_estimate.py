@@ -25,7 +25,7 @@ from torch import Tensor
 from fastrlhf_kernels import _rows
 from fastrlhf_kernels._checks import check_choice, check_rows, check_tensor
 from fastrlhf_kernels._rows import contiguous, differentiate_by_slopes, load_float32
-from fastrlhf_kernels._triton import constant, jit, tl, use_triton
+from fastrlhf_kernels._triton import OPTIONS, constant, jit, tl, use_triton
 
 KINDS = ("k1", "k2", "k3")
 MAX_LOG_RATIO = 20.0
@@ -86,7 +86,7 @@ def _kl_estimate(
     value, slope = (logprob.new_empty(num_rows, dtype=torch.float32) for _ in range(2))
     tensors = contiguous(logprob, reference_logprob, sampler_logprob)
     with torch.cuda.device_of(logprob):
-        kl_kernel[(_rows.num_programs(num_rows),)](*tensors, value, slope, num_rows, kind, _rows.BLOCK)
+        kl_kernel[(_rows.num_programs(num_rows),)](*tensors, value, slope, num_rows, kind, _rows.BLOCK, **OPTIONS)
     return value, slope
 
 

@@ -76,9 +76,8 @@ def linear_kl(
     entropy: bool = False,
     impl: str = "auto",
 ) -> TokenKL:
-    """Returns the exact KL(policy
-
-    reference) = sum_v p (log p - log q) of every row, from the hidden states of both models.
+    """Returns the exact KL between policy and reference, sum_v p (log p - log q), of every row, from the hidden states
+    of both models.
 
     p and q are softmax(softcap(logit_scale * (h @ w.T + b)) / temperature). With `targets`, the result also holds the
     log-probs of the targets under both models. A row whose target is -100 returns 0 in every output and has no
@@ -216,7 +215,7 @@ def _differentiate(ctx, grad_kl, grad_logprob, _, grad_entropy, *__):
     if grad_kl is None:  # kl has no upstream gradient
         *policy, _, _, _, targets, row_temperature, logprob, entropy, peak, total, _, _ = ctx.saved_tensors
         saved = (*policy, targets, row_temperature, logprob, entropy, peak, total)
-        grads = logprob_backward(grad_logprob, None, grad_entropy, *saved, *transform, IGNORE, triton, *needs)
+        grads = logprob_backward(grad_logprob, None, grad_entropy, *saved, *transform, IGNORE, triton, True, *needs)
     else:
         grads = _backward(grad_kl, grad_logprob, grad_entropy, *ctx.saved_tensors, *transform, triton, *needs)
     return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), *[None] * 10

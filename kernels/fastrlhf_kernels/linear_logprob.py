@@ -15,7 +15,7 @@ A block of ROWS x VOCAB logits is computed, reduced to running statistics and di
 logits again (4 products in all; storing the logits needs 3). Beyond the returned gradients the op holds about
 4 (2 VOCAB D + 3 ROWS VOCAB) bytes, and 8 T D more in half precision; log_softmax holds 12 T V. A frozen weight costs no
 dweight. The backward skips rows whose upstream gradients are all 0 (masked tokens, clipped ratios). To find them it
-waits once for a GPU; the forward never waits.
+waits once for a GPU, unless `skip_rows` is off; the forward never waits.
 
 On a GPU the Triton kernels of `_head_kernels.py` reduce each tile of logits in registers. The backward stores the
 gradient of a part of the logits, rounded once to bfloat16, and cuBLAS computes the two products with it. It holds this
@@ -54,17 +54,29 @@ def linear_logprob(
     entropy: bool = False,
     stats: bool = False,
     ignore_index: int = -100,
+    skip_rows: bool = True,
     impl: str = "auto",
 ) -> TokenLogprobs:
     """Returns log-probs of `targets` under the language-model head applied to `hidden`, [T] float32, in nats. They are
     log_softmax(softcap(logit_scale * (hidden @ weight.T + bias)) / temperature)[t, targets[t]]. A row whose target is
-    `ignore_index` returns 0 in every output and has no gradient, even if it contains NaN. Raises ValueError for wrong
-    shapes, dtypes and devices, and on the CPU for a target outside the vocabulary and a row's temperature that is not
-    above 0 (on a GPU these give NaN).
+    `ignore_index` returns 0 in every output and has no gradient, even if it contains NaN. With `skip_rows` the backward
+    leaves out rows without a gradient; to count them the host waits once for a GPU, so pass False if nearly all rows
+    have a gradient. On a CPU these rows are always left out. Raises ValueError for wrong shapes, dtypes and devices,
+    and on the CPU for a target outside the vocabulary and a row's temperature that is not above 0 (on a GPU these give
+    NaN).
     """
     transform = checked_transform(hidden, weight, targets, bias, temperature, logit_scale, softcap)
     logprob, logsumexp, row_entropy, max_logprob, mean_logit, _, _ = _forward(
-        hidden, weight, bias, targets, *transform, ignore_index, entropy, stats, use_triton(impl, hidden.device)
+        hidden,
+        weight,
+        bias,
+        targets,
+        *transform,
+        ignore_index,
+        entropy,
+        stats,
+        use_triton(impl, hidden.device),
+        skip_rows,
     )
     row_stats = (max_logprob, mean_logit) if stats else (None, None)
     return TokenLogprobs(logprob, logsumexp, row_entropy if entropy else None, *row_stats)
@@ -160,6 +172,7 @@ def _forward(
     entropy: bool,
     stats: bool,
     triton: bool,
+    skip_rows: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns (logprob, logsumexp, entropy, max_logprob, mean_logit, peak, total), [T] each; empty if not requested.
 
@@ -196,17 +209,17 @@ def _forward(
 
 
 @_forward.register_fake
-def _(hidden, weight, bias, targets, row_temperature, temperature, scale, softcap, ignore, entropy, stats, triton):
+def _(hidden, weight, bias, targets, row_temperature, temperature, scale, softcap, ignore, entropy, stats, *_):
     asked = (True, True, entropy, stats, stats, True, True)
     return tuple(hidden.new_empty(targets.shape[0] if wanted else 0, dtype=torch.float32) for wanted in asked)
 
 
 def _save(ctx, inputs, output):
     """Saves the inputs and four numbers per row for the backward."""
-    hidden, weight, bias, targets, row_temperature, *transform, ignore, _, _, triton = inputs
+    hidden, weight, bias, targets, row_temperature, *transform, ignore, _, _, triton, skip_rows = inputs
     logprob, _, entropy, max_logprob, mean_logit, peak, total = output
     ctx.save_for_backward(hidden, weight, bias, targets, row_temperature, logprob, entropy, peak, total)
-    ctx.options = (*transform, ignore, triton)
+    ctx.options = (*transform, ignore, triton, skip_rows)
     ctx.mark_non_differentiable(max_logprob, mean_logit, peak, total)
     ctx.set_materialize_grads(False)
 
@@ -215,7 +228,7 @@ def _differentiate(ctx, grad_logprob, grad_logsumexp, grad_entropy, *_):
     check_first_derivative("linear_logprob")
     needs = ctx.needs_input_grad[:3]
     grads = _backward(grad_logprob, grad_logsumexp, grad_entropy, *ctx.saved_tensors, *ctx.options, *needs)
-    return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), *[None] * 9
+    return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), *[None] * 10
 
 
 torch.library.register_autograd("fastrlhf::linear_logprob", _differentiate, setup_context=_save)
@@ -240,6 +253,7 @@ def _backward(
     softcap: float | None,
     ignore: int,
     triton: bool,
+    skip_rows: bool,
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
@@ -247,7 +261,7 @@ def _backward(
     """Returns the gradients of hidden, weight and bias in their dtypes; a gradient that is not needed is empty."""
     zero, keep = torch.zeros_like(logprob), targets != ignore
     upstream = [zero if grad is None else grad.where(keep, 0) for grad in (grad_logprob, grad_logsumexp, grad_entropy)]
-    chosen = Selection.of((torch.stack(upstream) != 0).any(0), wait=True)
+    chosen = Selection.of((torch.stack(upstream) != 0).any(0), wait=skip_rows)
     dead = chosen.dead
     row_temperature = None if row_temperature is None else chosen.take(row_temperature, 1)
     hidden, targets = chosen.take(hidden, 0), chosen.take(targets)

@@ -33,7 +33,7 @@ from torch import Tensor
 from fastrlhf_kernels._blocks import Selection
 from fastrlhf_kernels._checks import check_first_derivative, check_range, check_rows, check_tensor
 from fastrlhf_kernels._tiles import FLOOR, cdiv, row_major, scales, transformed
-from fastrlhf_kernels._triton import constant, jit, tl, use_triton
+from fastrlhf_kernels._triton import OPTIONS, constant, jit, tl, use_triton
 from fastrlhf_kernels.linear_logprob import check_rows_that_count, positive_or_nan
 from fastrlhf_kernels.types import TokenLogprobs
 
@@ -152,8 +152,8 @@ def _forward(
         inputs = (logits, targets, bits, bits.new_empty(len(logits), 3, width))
         rest = (logits.stride(0), vocab, inner, ignore, SHARE, width, capped, entropy)
         with torch.cuda.device_of(logits):
-            forward_kernel[(len(logits) * shares,)](*inputs, *rest, DEPTH, LANES, num_warps=4)
-            merge_kernel[(len(logits),)](*inputs, *outputs, *rest, num_warps=1)
+            forward_kernel[(len(logits) * shares,)](*inputs, *rest, DEPTH, LANES, num_warps=4, **OPTIONS)
+            merge_kernel[(len(logits),)](*inputs, *outputs, *rest, num_warps=1, **OPTIONS)
         return outputs
     parts: list[tuple[Tensor, ...]] = []
     for rows, x in _blocks(logits, chosen, inner, capped):
@@ -255,7 +255,7 @@ def _backward(
         inputs = (logits, targets, bits, peak, *terms, grad, logits.stride(0), grad.stride(0), vocab, inner)
         grid = (len(logits) * cdiv(vocab, BACKWARD_BLOCK),)
         with torch.cuda.device_of(logits):
-            backward_kernel[grid](*inputs, capped, tilted, BACKWARD_BLOCK, num_warps=4)
+            backward_kernel[grid](*inputs, capped, tilted, BACKWARD_BLOCK, num_warps=4, **OPTIONS)
         return
     chosen = Selection.of((terms != 0).any(0), wait=False)
     if chosen.rows is not None:

@@ -51,7 +51,7 @@ from fastrlhf_kernels._checks import check_choice, check_cu_seqlens, check_range
 from fastrlhf_kernels._pair_kernels import check_options, pair_terms, torch_pair_terms
 from fastrlhf_kernels._rows import contiguous, differentiate_by_slopes, load_float32, masked
 from fastrlhf_kernels._segments import segment_bounds, segment_of_row, segment_sum
-from fastrlhf_kernels._triton import jit, tl, use_triton
+from fastrlhf_kernels._triton import OPTIONS, jit, tl, use_triton
 from fastrlhf_kernels.types import LossOutput, Sum
 
 WARPS = 8  # with 4, Triton 3.6 spills on sm_90
@@ -196,9 +196,9 @@ def _pair_loss(
         partials = logprob.new_empty(1 + len(SUMS), num_pairs, dtype=torch.float32)
         slope = logprob.new_empty(num_rows, dtype=torch.float32)
         tensors = contiguous(logprob, reference_logprob, cu_seqlens, mask, *options)
-        modes = (kind, length_norm, per_row, _rows.BLOCK)
+        modes, options = (kind, length_norm, per_row, _rows.BLOCK), {"num_warps": WARPS, **OPTIONS}
         with torch.cuda.device_of(logprob):
-            pair_kernel[(num_pairs,)](*tensors, partials, slope, num_rows, beta, kappa, *modes, num_warps=WARPS)
+            pair_kernel[(num_pairs,)](*tensors, partials, slope, num_rows, beta, kappa, *modes, **options)
         return partials[0].sum(), partials[1:].sum(1), slope
 
     log_ratio = logprob = masked(logprob, mask)

@@ -44,7 +44,7 @@ from fastrlhf_kernels._checks import check_choice, check_cu_seqlens, check_range
 from fastrlhf_kernels._policy_kernels import policy_kernel, torch_policy_terms
 from fastrlhf_kernels._rows import contiguous, differentiate_by_slopes, masked
 from fastrlhf_kernels._segments import segment_of_row, segment_sum
-from fastrlhf_kernels._triton import use_triton
+from fastrlhf_kernels._triton import OPTIONS, use_triton
 from fastrlhf_kernels.types import LossOutput, Max, Metric, Sum
 
 LOSS_TYPES = ("ppo", "gspo", "cispo")
@@ -236,7 +236,8 @@ def _policy_loss(
     given = (logprob, sampler_logprob, advantage, mask, reference_logprob, weight, entropy, sequence_log_ratio)
     tensors = contiguous(*given)
     with torch.cuda.device_of(logprob):
-        policy_kernel[(num_programs,)](*tensors, partials, d_logprob, d_entropy, num_rows, *scalars, _rows.BLOCK)
+        outputs = (partials, d_logprob, d_entropy)
+        policy_kernel[(num_programs,)](*tensors, *outputs, num_rows, *scalars, _rows.BLOCK, **OPTIONS)
     return partials[0].sum(), partials[1:-1].sum(1), partials[-1].amax(), d_logprob, d_entropy
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from fastrlhf_kernels import _rows
 from fastrlhf_kernels._checks import check_range, check_rows, check_tensor, divisor
 from fastrlhf_kernels._rows import block_of_rows, contiguous, differentiate_by_slopes, load_float32, masked, store_sum
-from fastrlhf_kernels._triton import jit, tl, use_triton
+from fastrlhf_kernels._triton import OPTIONS, jit, tl, use_triton
 from fastrlhf_kernels.types import LossOutput, Sum
 
 
@@ -98,7 +98,7 @@ def _value_loss(
     slope = value.new_empty(num_rows, dtype=torch.float32)
     tensors = contiguous(value, rollout_value, returns, mask, weight)
     with torch.cuda.device_of(value):
-        value_kernel[(num_programs,)](*tensors, partials, slope, num_rows, clip, _rows.BLOCK)
+        value_kernel[(num_programs,)](*tensors, partials, slope, num_rows, clip, _rows.BLOCK, **OPTIONS)
     return partials[0].sum(), partials[1].sum(), partials[2].sum(), slope
 
 

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from fastrlhf_kernels import _blocks as blocks
 from fastrlhf_kernels import _head as head
 from fastrlhf_kernels import linear_logprob
 from tests.kernels.test_linear_logprob import inputs
@@ -95,3 +96,21 @@ def test_an_extreme_temperature_leaves_the_columns_after_the_last_one_out(temper
     exact = linear_logprob(hidden, weight, targets, temperature=temperature, entropy=True, impl="torch")
     torch.testing.assert_close(out.entropy, exact.entropy, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(out.logprob, exact.logprob, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("skip_rows", [True, False])
+def test_without_skip_rows_the_backward_does_not_count_rows(skip_rows, monkeypatch):
+    """On a GPU counting makes the host wait; `can_select` behaves here like on a GPU."""
+    counted, real = [], torch.Tensor.nonzero
+    monkeypatch.setattr(blocks, "can_select", lambda device, wait: wait)
+    monkeypatch.setattr(torch.Tensor, "nonzero", lambda *a, **k: counted.append(1) or real(*a, **k))
+    draw = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 8, generator=draw).requires_grad_() for n in (20, 30))
+    targets, upstream = torch.randint(0, 30, (20,), generator=draw), torch.randn(20, generator=draw)
+    upstream[::3] = 0
+    logprob = linear_logprob(hidden, weight, targets, skip_rows=skip_rows, impl="torch").logprob
+    found = torch.autograd.grad(logprob, [hidden, weight], upstream)
+    assert bool(counted) == skip_rows
+    plain = (hidden @ weight.T).log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    for a, b in zip(found, torch.autograd.grad(plain, [hidden, weight], upstream), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)

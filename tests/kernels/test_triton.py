@@ -1,3 +1,4 @@
+import json
 import os
 import subprocess
 import sys
@@ -51,3 +52,19 @@ assert hidden.grad.isfinite().all() and not hidden.grad.eq(0).all()
     environment = {**os.environ, "PYTHONPATH": str(KERNELS)}
     environment.pop("TRITON_INTERPRET", None)  # Triton's interpreter needs numpy
     subprocess.run([sys.executable, "-c", program], check=True, env=environment, timeout=120)
+
+
+@pytest.mark.skipif(_triton.triton is None, reason="Triton is not installed")
+def test_all_variants_of_a_kernel_are_compiled_in_the_first_of_50_ragged_packs():
+    program = Path(__file__).with_name("compiled_keys.py")
+    run = subprocess.run(
+        [sys.executable, str(program)],
+        env={**os.environ, "TRITON_INTERPRET": "0"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    found = json.loads(run.stdout)
+    assert len(found) == 12
+    assert {name: pack for name, (_, pack) in found.items() if pack} == {}
+    assert sum(count for count, _ in found.values()) == 14  # the head's forward with and without stored logits
