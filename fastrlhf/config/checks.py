@@ -76,7 +76,8 @@ def check_config(config: object, kind: type, trainer: str) -> None:
 
 
 def _plain(hint: Any, value: Any) -> Any:
-    """Converts a value to the type that its hint declares. Raises TypeError if its type is not close to it."""
+    """Converts a value to the type that the hint declares. Raises TypeError if the value's type is not close to this
+    type."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Literal and value in arguments:
         return value

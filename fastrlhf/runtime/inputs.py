@@ -164,11 +164,9 @@ def open_eval_inputs(
     config: TrainConfig, fields: Sequence[str], examples: Rows | None
 ) -> tuple[PreTrainedTokenizerBase, Data]:
     """Returns the tokenizer and the rows on which models are judged, with their text. `examples` replace the rows of
-    the dataset.
-
-    They are the rows that training with the same dataset keys evaluates on. If there are none, because
-    `dataset_test_split` is empty and `num_eval_examples` is 0, they are all rows of the split. Raises ValueError as
-    `open_inputs` does.
+    the dataset. Without `examples`, these are the rows that training with the same dataset keys evaluates on. If there
+    are none, because `dataset_test_split` is empty and `num_eval_examples` is 0, they are all rows of the split. Raises
+    ValueError as `open_inputs` does.
     """
     tokenizer = open_tokenizer(config)
     day = template_day(config, tokenizer)

@@ -106,7 +106,8 @@ class MetricsWriter:
             self._samples.append({"step": step, **row})
 
     def flush(self) -> dict[str, str]:
-        """Waits until the rows are on the disk. Returns file name -> the lines that could not be written, complete."""
+        """Waits until the rows are on the disk. Returns file name -> all lines that could not be written, each in
+        full."""
         return {name: rows for name, file in self._files.items() if (rows := file.flush())}
 
     def __enter__(self) -> Self:

@@ -36,7 +36,7 @@ class _Weight:
     """Index among all trained tensors, which is a part of the seed of the rounding noise."""
     param: Parameter
     own: Tensor
-    """The part of the tensor that this rank holds; in one process, the whole."""
+    """The part of the tensor that this rank holds; in a single process, the whole tensor."""
     updated: Tensor
     """The tensor that AdamW updates: `own`, or its float32 copy, which is empty between updates if no copies are
     kept."""
