@@ -38,10 +38,10 @@ LORA: dict[str, Any] = {
     "use_peft": True, "max_length": 160, "micro_batch_tokens": 1024, "dtype": "float32",
 }  # fmt: skip
 SETTINGS: dict[str, dict[str, Any]] = {
-    "sft": {"max_steps": 12, "per_device_train_batch_size": 8, "learning_rate": 5e-4},
-    "dpo": {"max_steps": 12, "per_device_train_batch_size": 8, "learning_rate": 2e-4, "beta": 0.1},
+    "sft": {"max_steps": 5, "per_device_train_batch_size": 8, "learning_rate": 5e-4},
+    "dpo": {"max_steps": 10, "per_device_train_batch_size": 8, "learning_rate": 2e-4, "beta": 0.1},
     "drpo": {
-        "max_steps": 10, "per_device_train_batch_size": 16, "num_generations": 4, "num_ppo_epochs": 2,
+        "max_steps": 8, "per_device_train_batch_size": 16, "num_generations": 4, "num_ppo_epochs": 1,
         "learning_rate": 3e-4, "reset_prob": 0.5, "reset_min": 0, "response_length": LENGTH, "temperature": 1.0,
         "kl_coef": 0.05, "rollout_batch_size": 16, "missing_eos_score": None, "missing_eos_penalty": 1.0,
         "whiten_rewards": False, "reward_functions": ("bench.real.posts:judge",),
