@@ -1,19 +1,20 @@
-"""Functions that load models and rows in parts, and that sample at different paces on two ranks; tests/ranks.py calls
-them."""
+"""Loads models and rows in parts, exchanges rows, and makes different numbers of passes; tests/ranks.py calls it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
-from fastrlhf.algorithms import experience
+from fastrlhf.algorithms import experience, reference, saved_logprobs
 from fastrlhf.config import SFTConfig
 from fastrlhf.data.packing import pack, sequence
 from fastrlhf.distributed import ranks, rows
@@ -27,7 +28,7 @@ from fastrlhf.rollout.engine import TransformersEngine
 from fastrlhf.rollout.shared import SharedEngine
 from fastrlhf.runtime import dataset
 from fastrlhf.runtime.inputs import open_inputs
-from fastrlhf.types import Prefix
+from fastrlhf.types import PackedBatch, Prefix
 from tests import tiny
 
 
@@ -134,6 +135,28 @@ def watched_states(found: dict[str, Any]) -> Iterator[None]:
         patch.object(experience, "total", summed),
     ):
         yield
+
+
+def stopped_pass(run: Callable[..., Any], place: Path, two: Path) -> list[int]:
+    """Stops the pass of the reference of a DPO run in the second pack of each rank, and starts the run again. Returns
+    the numbers of packs that this rank began in both passes."""
+    compute, begun = reference.sequence_logprobs, []
+
+    def counted(model: PreTrainedModel, batch: PackedBatch) -> torch.Tensor:
+        begun[-1] += 1
+        if begun == [2]:
+            raise ValueError("stopped")
+        return compute(model, batch)
+
+    with (
+        patch.object(reference, "sequence_logprobs", counted),
+        patch.object(saved_logprobs, "SAVE_EVERY", 0.0),
+    ):
+        for expected in (pytest.raises(ValueError, match="stopped"), nullcontext()):
+            begun.append(0)
+            with expected:
+                run("dpo", place, two / "dpo stopped")
+    return begun
 
 
 def stored_rows(place: Path) -> dict[str, Any]:

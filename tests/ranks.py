@@ -44,7 +44,7 @@ from fastrlhf.runtime.optim import Optimizer
 from tests import resumable, tiny
 from tests.cut_ranks import CUTS, cut, finished, rescued, stopped
 from tests.hub_server import pushed
-from tests.part_ranks import loaded_parts, paces, spread_rows, stored_rows, watched_states
+from tests.part_ranks import loaded_parts, paces, spread_rows, stopped_pass, stored_rows, watched_states
 
 LORA = {"use_peft": True, "lora_r": 3, "adam_epsilon": 1e-3}
 """Settings of runs with an adapter. The epsilon of Adam is large, because the gradients of a new adapter are near zero
@@ -376,6 +376,7 @@ def main(place: Path) -> None:
         "uneven": optimised(129, **ROUNDED),
         "blocks": refusal(lambda: optimised(129, optim="adamw_8bit")) if installed({"optim": "adamw_8bit"}) else "",
         "interrupted": stopped(run, place, two),
+        "pass": stopped_pass(run, place, two),
         "cuts": {part: cut(run, part, place, two) for part in CUTS},
         "finished": finished(run, place, two),
         "differences": differences(place, two),

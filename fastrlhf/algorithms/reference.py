@@ -1,8 +1,8 @@
-"""Provides log-probs of a frozen reference: computed once, cached on disk, or computed by a copy of the model at every
-step.
+"""Provides log-probs of a frozen reference: computed once, read from the disk, or computed by a copy of the model at
+every step.
 
 All three give the same numbers up to the rounding of different packs. By default they are computed once, which takes
-one pass over the data and needs no second model during training.
+one pass over the data and needs no second model during training. The pass is saved as it goes (saved_logprobs.py).
 """
 
 from __future__ import annotations
@@ -11,27 +11,25 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
+from fastrlhf.algorithms.saved_logprobs import SavedLogprobs
 from fastrlhf.algorithms.scoring import Tree, Trees, num_responses, per_response, sequence_logprobs
 from fastrlhf.config import ReferenceConfig
 from fastrlhf.data.identity import require_same_tokenizer
-from fastrlhf.distributed.ranks import from_all, on_first, together
 from fastrlhf.models.adapters import frozen_copy
 from fastrlhf.models.layers import LayerOptions
 from fastrlhf.models.loading import check_size, load_policy, read_model_config
 from fastrlhf.models.sharding import full, shard
-from fastrlhf.runtime.atomic import current_umask, flush
+from fastrlhf.runtime.atomic import PASSES
 from fastrlhf.types import PackedBatch
 
 log = logging.getLogger(__name__)
@@ -73,8 +71,8 @@ def open_reference(
     """Opens the reference of `config`: `ref_model_name_or_path`, or the policy as it is now.
 
     Log-probs are computed for the trees whose indices are `needed`; with `ref_cache_dir`, for all trees, so that other
-    runs can use them. Raises ValueError if the reference gives a log-prob that is not finite, or if the cache cannot be
-    used.
+    runs can use them. Raises ValueError if the reference gives a log-prob that is not finite, or if the folder of the
+    cache cannot be made.
     """
     if not config.precompute_ref_log_probs:
         model = _open(config, policy) if config.ref_model_name_or_path else frozen_copy(policy)
@@ -88,68 +86,52 @@ def open_reference(
 
 
 def _precomputed(config: ReferenceConfig, policy: PreTrainedModel, trees: Sequence[Tree]) -> Tensor:
-    """Returns the log-probs of all responses, tree after tree, from the cache if it has them."""
-    if not config.ref_cache_dir:
-        return _compute(config, policy, trees)
-    folder = Path(config.ref_cache_dir)
+    """Returns the log-probs of all responses, tree after tree. Those that an earlier run has saved are read."""
+    saved = _open_saved(config, policy, trees)
+    if saved is None:
+        return torch.cat(_compute(config, policy, trees))
+    known = saved.read()
+    num_known, num_all = sum(map(len, known.values())), sum(map(num_responses, trees))
+    if num_known == num_all:
+        log.info("reference: log-probs of %d responses read from %s", num_all, saved.folder)
+        return torch.cat([known[i] for i in range(len(trees))])
+    if num_known:
+        log.info("reference: log-probs of %d of %d responses read from %s", num_known, num_all, saved.folder)
+    sums = _compute(config, policy, trees, known, saved)
+    saved.complete(sums)
+    return torch.cat(sums)
+
+
+def _open_saved(config: ReferenceConfig, policy: PreTrainedModel, trees: Sequence[Tree]) -> SavedLogprobs | None:
+    """Opens the folder of the log-probs: in `ref_cache_dir`, or else in the folder of the run, which deletes it at its
+    end; None if the run has no folder."""
+    if config.ref_cache_dir:
+        folder, key = Path(config.ref_cache_dir), "ref_cache_dir"
+    elif config.output_dir:
+        folder, key = Path(config.output_dir) / PASSES, "output_dir"
+    else:
+        return None
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"ref_cache_dir: {config.ref_cache_dir!r} cannot be made: {error.strerror}") from error
-    file = folder / f"{_fingerprint(config, policy, trees)}.safetensors"
-    if all(from_all(file.exists())):
-        sums = together(lambda: _read(file, sum(map(num_responses, trees))))
-        log.info("reference: log-probs of %d responses read from %s", len(sums), file)
-        return sums
-    sums = _compute(config, policy, trees)
-    on_first(lambda: _keep(sums, file))
-    return sums
+        raise ValueError(f"{key}: {str(folder)!r} cannot be made: {error.strerror}") from error
+    return SavedLogprobs(folder / _fingerprint(config, policy, trees), key)
 
 
-def _keep(sums: Tensor, file: Path) -> None:
-    """Writes log-probs to the cache. If they cannot be written, for example to a full disk, a warning is logged and the
-    run continues without the cache."""
-    partial = file.with_suffix(f".{os.getpid()}.partial")  # two runs may write the same file
-    sums = sums.cpu()
-    try:
-        save_file({"logprobs": sums}, partial, {"sha256": _hash(sums)})
-        partial.chmod(0o666 & ~current_umask())
-        flush(partial)
-        os.replace(partial, file)
-        flush(file.parent)
-    except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
-        log.warning("ref_cache_dir: %s cannot be written, the run continues without it: %s", file, error)
-        return
-    log.info("reference: log-probs of %d responses kept in %s", len(sums), file)
-
-
-def _read(file: Path, num: int) -> Tensor:
-    """Reads the log-probs of `num` responses from a cache file. Raises ValueError if the file has changed since it was
-    written."""
-    try:
-        with safe_open(file, "pt") as content:
-            sums, kept = content.get_tensor("logprobs"), (content.metadata() or {}).get("sha256")
-    except (SafetensorError, KeyError) as error:
-        raise ValueError(f"ref_cache_dir: {str(file)!r} is damaged; delete it ({error})") from error
-    if kept is None:
-        raise ValueError(f"ref_cache_dir: {str(file)!r} has no hash, because an older version wrote it; delete it")
-    if kept != _hash(sums) or sums.shape != (num,):
-        raise ValueError(f"ref_cache_dir: {str(file)!r} is damaged; delete it (its hash or its size differs)")
-    return sums
-
-
-def _hash(sums: Tensor) -> str:
-    return hashlib.sha256(sums.numpy().tobytes()).hexdigest()
-
-
-def _compute(config: ReferenceConfig, policy: PreTrainedModel, trees: Sequence[Tree]) -> Tensor:
-    """Computes the log-probs of all responses, tree after tree. A separate reference model is loaded, used and
-    freed."""
+def _compute(
+    config: ReferenceConfig,
+    policy: PreTrainedModel,
+    trees: Sequence[Tree],
+    known: Mapping[int, Tensor] | None = None,
+    saved: SavedLogprobs | None = None,
+) -> list[Tensor]:
+    """Computes the log-probs of the responses of each tree, except those that are `known`, and saves them from time to
+    time. A separate reference model is loaded, used and freed."""
     own = bool(config.ref_model_name_or_path)
     model, field = (_open(config, policy), "ref_model_name_or_path") if own else (policy, "model_name_or_path")
     budget, title = config.micro_batch_tokens, "log-probs of the reference" if config.progress else ""
-    return torch.cat(per_response(model, trees, budget, sequence_logprobs, field, title))
+    save = saved.add if saved else None
+    return per_response(model, trees, budget, sequence_logprobs, field, title, known=known, save=save)
 
 
 def _open(config: ReferenceConfig, policy: PreTrainedModel) -> PreTrainedModel:

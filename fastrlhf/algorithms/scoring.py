@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -63,19 +63,29 @@ def per_response(
     read: Callable[[PreTrainedModel, PackedBatch], Tensor],
     field: str,
     title: str = "",
+    known: Mapping[int, Tensor] | None = None,
+    save: Callable[[Mapping[int, Tensor]], None] | None = None,
 ) -> list[Tensor]:
     """Returns the results of `read` for the responses of every tree, [K] float32 on the CPU. Packs have at most
     `budget` tokens. With a `title` the progress of the pass is shown under this title. Raises ValueError, naming
     `field`, for a number that is not finite.
+
+    `known`: results of an earlier pass by the index of the tree, which are not computed again. If the earlier pass had
+    the same packs, the results are the same bit for bit. `save` is called on each rank with the results of each of its
+    packs.
     """
-    own: dict[int, Tensor] = {}
-    micros = own_micro_batches([num_computed(tree) for tree in trees], budget, "example")
+    own, known = dict[int, Tensor](), known or {}
+    all_micros = own_micro_batches([num_computed(tree) for tree in trees], budget, "example")
+    micros = [left for micro in all_micros if (left := [i for i in micro if i not in known])]
     with runnable(model) as able, own_pace(able):
         for micro in watched(micros, map(len, micros), title):
             batch = pack(forest(trees[i] for i in micro), model.device)
             sizes = [num_responses(trees[i]) for i in micro]
-            own |= zip(micro, read(able, batch).cpu().split(sizes), strict=True)
-    by_tree = {i: value for part in from_all(own) for i, value in part.items()}
+            new = dict(zip(micro, read(able, batch).cpu().split(sizes), strict=True))
+            own |= new
+            if save:
+                save(new)
+    by_tree = {**known, **{i: value for part in from_all(own) for i, value in part.items()}}
     values = [by_tree[i] for i in range(len(trees))]
     bad = next((i for i, value in enumerate(values) if not bool(value.isfinite().all())), None)
     if bad is not None:

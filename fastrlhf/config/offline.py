@@ -68,11 +68,11 @@ class ReferenceConfig(TrainConfig):
     ref_model_name_or_path: str = ""
     """Folder or hub name of the reference model. Empty: the model before training."""
     precompute_ref_log_probs: bool = True
-    """Compute the log-probs of the reference once, before the first step, so that no second model stays in memory.
-    false: compute them at every step with a frozen copy of the model."""
+    """Compute the log-probs of the reference once, before the first step, so that no second model stays in memory. They
+    are saved while they are computed. false: compute them at every step with a frozen copy of the model."""
     ref_cache_dir: str = ""
     """Folder in which the precomputed log-probs are cached. A later run with the same reference, tokens and dtype reads
-    them from there. Empty: no cache."""
+    them from there. Empty: they are saved in output_dir and deleted at the end of the run."""
 
     def __post_init__(self) -> None:
         TrainConfig.__post_init__(self)

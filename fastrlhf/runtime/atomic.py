@@ -26,6 +26,9 @@ from fastrlhf.runtime.disk import DiskFull, is_full
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+PASSES = ".passes"
+"""Folder in the folder of an unfinished run, with the results of passes over the data before the first step. The name
+is hidden, so that the same command can start again after a kill before the first step."""
 CANNOT_FLUSH = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EBADF, errno.EACCES, errno.EPERM)
 """Error numbers of file systems that cannot flush a folder."""
 

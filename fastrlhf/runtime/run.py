@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -18,7 +19,7 @@ from fastrlhf.config.functions import function_hashes, object_hashes
 from fastrlhf.config.paths import as_given
 from fastrlhf.distributed.ranks import failed_together, from_all, late_signals, may_unwind, on_first
 from fastrlhf.publish.push import push
-from fastrlhf.runtime.atomic import sweep
+from fastrlhf.runtime.atomic import PASSES, sweep
 from fastrlhf.runtime.best import BestModel
 from fastrlhf.runtime.callbacks import Callbacks
 from fastrlhf.runtime.checkpoint import Checkpointer, Stateful, check_run_dir, create_output_dir
@@ -378,6 +379,9 @@ class Run:
             self._checkpointer = None  # the run is finished: an error of a callback saves nothing
         else:
             write()
+        if self.folder:
+            passes = self.folder / PASSES
+            on_first(lambda: shutil.rmtree(passes, ignore_errors=True))
         self._finished = True
         self._callbacks.call("on_end", self._whole, final)
         return TrainResult(

@@ -123,8 +123,8 @@ def test_a_separate_reference_equal_to_the_initial_policy_changes_nothing(model)
 
 @pytest.mark.parametrize("settings", [{}, {"loss_type": "ipo"}], ids=str)
 def test_a_reference_with_permuted_rows_is_noticed_at_the_first_step(model, monkeypatch, settings):
-    compute = reference._compute
-    monkeypatch.setattr(reference, "_compute", lambda *arguments: compute(*arguments).roll(1, 0))
+    compute = reference._precomputed
+    monkeypatch.setattr(reference, "_precomputed", lambda *arguments: compute(*arguments).roll(1, 0))
     with pytest.raises(ValueError, match=r"the first (sigmoid|ipo) loss is .* equals its reference has (0.693147|25):"):
         train_dpo(config(model, **settings), tiny.examples(16))
 

@@ -183,9 +183,9 @@ def test_held_out_groups_are_evaluated(model):
 
 
 def test_a_reference_with_permuted_groups_is_noticed_at_the_first_step(model, monkeypatch):
-    compute = reference._compute
+    compute = reference._precomputed
     examples = [replace(example, responses=example.responses[:2], scores=[1.0, 0.0]) for example in scored_groups()]
-    monkeypatch.setattr(reference, "_compute", lambda *arguments: compute(*arguments).flip(0))
+    monkeypatch.setattr(reference, "_precomputed", lambda *arguments: compute(*arguments).flip(0))
     with pytest.raises(ValueError, match=r"the first loss is .* equals its reference has 0\.213"):
         train_dpo(config(model), examples)
 

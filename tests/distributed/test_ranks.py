@@ -18,12 +18,9 @@ from bench.models.checks import write_model
 from bench.models.configs import tiny_config
 from fastrlhf import cli
 from fastrlhf.algorithms import ppo
-from fastrlhf.algorithms.rlp import train_rlp
-from fastrlhf.config import DemoConfig, EvalConfig, PPOConfig, RewardConfig, RLPConfig, SFTConfig
+from fastrlhf.config import PPOConfig, SFTConfig
 from fastrlhf.data.packing import own_micro_batches
-from fastrlhf.demo import run_demo
 from fastrlhf.distributed.ranks import on_each, on_first, start, world_size
-from fastrlhf.evaluation.evaluate import evaluate_models
 from fastrlhf.models.sharding import _layers
 from fastrlhf.runtime.inputs import open_inputs
 from fastrlhf.runtime.metrics import read_metrics
@@ -277,6 +274,12 @@ def test_rank_0_tokenises_and_the_other_ranks_map_its_rows(place):
     assert first["hash"][0] == first["hash"][1] == second["hash"][0] == second["hash"][1]
 
 
+def test_processes_continue_a_stopped_pass_of_the_reference_bit_for_bit(place):
+    """Each of the ranks has two packs and stops in the second. Only the second is computed again."""
+    assert [rank["pass"] for rank in seen(place)] == [[2, 1], [2, 1]]
+    assert resumable.untimed_log(place / "two" / "dpo stopped") == resumable.untimed_log(place / "two" / "dpo")
+
+
 def test_processes_sample_at_their_own_pace_and_share_errors(place):
     expected = {"five": True, "one": True, "error": "of rank 1", "held": 0}
     assert [each["paces"] for each in seen(place)] == [expected, expected]
@@ -386,14 +389,3 @@ def test_an_update_that_two_processes_cannot_share_is_refused(monkeypatch, setti
     with pytest.raises(ValueError, match=message):
         ppo._check_ranks(PPOConfig(per_device_train_batch_size=4, **settings))
     ppo._check_ranks(PPOConfig(per_device_train_batch_size=4, num_generations=4, share_trunks=False))
-
-
-def test_commands_for_one_process_refuse_torchrun(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    for name, call in {
-        "rlp": lambda: train_rlp(RLPConfig(), RewardConfig(), PPOConfig()),
-        "demo": lambda: run_demo(DemoConfig()),
-        "eval": lambda: evaluate_models(EvalConfig()),
-    }.items():
-        with pytest.raises(ValueError, match=f"WORLD_SIZE: {name} runs in one process; start it without torchrun"):
-            call()
