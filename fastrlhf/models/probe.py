@@ -26,8 +26,12 @@ FAR = 1 << 17
 """A distance in tokens beyond every attention window and chunk."""
 
 
+TYPICAL = 10.0
+"""Size of log-probs and scores, in nats, up to which `tolerance` is not scaled."""
+
+
 def tolerance(dtype: torch.dtype) -> float:
-    """Returns by how many nats two computations of the same log-prob may differ."""
+    """Returns by how many nats two computations of a log-prob of at most `TYPICAL` nats may differ."""
     return 1e-4 if dtype == torch.float32 else 0.1
 
 
@@ -172,7 +176,8 @@ def _difference(model: PreTrainedModel, expected: Tensor) -> str:
         return "mixes sequences"
     if runs_alone(model) and _looks_ahead(model, sequences[-1].tolist()):
         return "has hidden states that depend on later tokens"
-    if not error <= tolerance(model.dtype):
+    # Rounding grows with the size of the log-probs, which reaches 39 nats in Gemma 3 270M.
+    if not error <= tolerance(model.dtype) * max(1.0, expected.abs().max().item() / TYPICAL):
         return f"differs from the model's own by {error:.2g} nats"
     return ""
 
