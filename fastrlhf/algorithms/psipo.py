@@ -94,8 +94,8 @@ def examined(function: Callable[[Tensor], Tensor], name: str) -> Psi:
     if not bool(values.isfinite().all()):
         bad = GRID[~values.isfinite()][0].item()
         raise ValueError(
-            f"psi: {name} is not finite at {bad:g}, so that KL to the reference would count for nothing there at any "
-            "tau; clip it, as clipped_logit clips logit"
+            f"psi: {name} is not finite at {bad:g}, so no value of tau could keep the policy near the reference there; "
+            "clip it, as clipped_logit clips logit"
         )
     falls = (values.diff() < 0).nonzero()
     if len(falls):

@@ -148,7 +148,8 @@ def _fill(place: Path, part: Part, told: str) -> None:
 
 def _read(entry: Path) -> Part:
     facts = _facts(entry)
-    block = Block(**{name: _mapped(entry / f"{name}.npy") for name in ARRAYS}, labels=facts["labels"])
+    arrays: dict[str, Any] = {name: _mapped(entry / f"{name}.npy") for name in ARRAYS}
+    block = Block(**arrays, labels=facts["labels"])
     origin = facts["origin"]
     return Part(
         rows=TokenSet([block], fingerprint=facts["fingerprint"]),

@@ -270,7 +270,9 @@ class _Tally(TorchDispatchMode):
         if name.startswith("bitsandbytes.gemm_4bit"):
             return args[0].element_size() * math.prod(args[2])
         if name.startswith("fastrlhf.linear_nll"):
-            return workspace_bytes(*args[:2], args[-4:-1], softcap=args[9] is not None, memory=self._memory)
+            of_hidden, of_weight, of_bias = args[-4:-1]
+            needs = (of_hidden, of_weight, of_bias)
+            return workspace_bytes(args[0], args[1], needs, softcap=args[9] is not None, memory=self._memory)
         if not name.startswith("fastrlhf.linear_logprob"):
             return 0
         is_backward = "backward" in name
