@@ -52,6 +52,7 @@ from fastrlhf.models.router_loss import begin_step
 from fastrlhf.models.sharding import own_pace, shard
 from fastrlhf.runtime.ahead import Ahead
 from fastrlhf.runtime.atomic import check_writable
+from fastrlhf.runtime.by_dataset import ByDataset
 from fastrlhf.runtime.inputs import open_inputs
 from fastrlhf.runtime.mixing import shares_of
 from fastrlhf.runtime.optim import Optimizer, index_batches, num_steps
@@ -83,7 +84,8 @@ def train_dpo(
     Metrics per step, TRL's names: loss (with several losses also loss/NAME of each), rewards/chosen,
     rewards/rejected, rewards/margins, rewards/accuracies, logps/chosen, logps/rejected (nats per response),
     logits/chosen, logits/rejected (mean over tokens and vocabulary), entropy (nats per token), mean_token_accuracy (of
-    the chosen), grad_norm, learning_rate, num_tokens (of the sequences, as TRL counts), num_unique_tokens (computed).
+    the chosen), grad_norm, learning_rate, num_tokens (of the sequences, as TRL counts), num_unique_tokens (computed);
+    with several weighted datasets also dataset/NAME/loss and eval_NAME_loss.
     Raises ValueError for bad input before training starts, and if the first loss is not that of a policy equal to its
     reference (ln 2 for DPO).
     """
@@ -120,7 +122,8 @@ def train_dpo(
     reference = open_reference(config, model, trees, needed) if config.has_reference else _no_reference
     shard(model)
     optimizer, diagnoses = Optimizer({"": model}, config, num_steps=steps), Diagnoses(config.losses)
-    evaluate_held_out = partial(_evaluate, config, model, reference, everything, held_out)
+    by_dataset = ByDataset.of(rows)
+    evaluate_held_out = partial(_evaluate, config, model, reference, everything, held_out, by_dataset)
 
     with (
         Ahead(batches(), partial(_draw, config, everything)) as ahead,
@@ -137,17 +140,17 @@ def train_dpo(
     ):
         for earlier in run.history:  # in a resumed run, marks earlier findings as reported
             diagnoses.look(earlier)
-        for step, _ in run.remaining(batches()):
+        for step, indices in run.remaining(batches()):
             (drawn, micros), totals = ahead.take(step), StepMetrics()
             begin_step(model, 2 * len(drawn))
             for micro in run.parts(micros):
-                output = _loss(config, model, reference, micro, drawn)
+                output = _loss(config, model, reference, micro, drawn, by_dataset)
                 output.loss.backward()
                 totals.add(output.metrics)
             means = totals.means("pairs")
             if step == 0 and config.has_reference and not config.ref_model_name_or_path:
                 check_first_loss(config, drawn, means)
-            metrics = _named(config, means)
+            metrics = _named(config, means) | _split(by_dataset, means, indices, evaluation=False)
             metrics |= {**optimizer.step(), "num_tokens": sum(map(num_in_sequences, drawn.trees))}
             metrics["num_unique_tokens"] = sum(map(num_computed, drawn.trees))
             run.log(step + 1, metrics)
@@ -183,23 +186,73 @@ def _micro(drawn: Pairs, indices: Sequence[int], places: Sequence[int]) -> _Micr
     return _Micro(indices=[indices[i] for i in places], pairs=own, batch=pack(forest(own.trees)))
 
 
-def _loss(config: DPOConfig, model: PreTrainedModel, reference: Reference, micro: _Micro, step: Pairs) -> LossOutput:
+def _loss(
+    config: DPOConfig,
+    model: PreTrainedModel,
+    reference: Reference,
+    micro: _Micro,
+    step: Pairs,
+    by_dataset: ByDataset,
+) -> LossOutput:
     """Computes the contribution of a micro-batch to the loss of an optimiser step over the pairs `step`."""
     own, num_pairs, batch = micro.pairs, len(step), moved(micro.batch, model.device)
     scored = token_logprobs(model, batch, entropy=True, stats=True)
     reference_logprob = reference(batch, micro.indices)
+    total, metrics = _weighted_losses(config, scored.logprob, reference_logprob, batch.cu_rows, own, step)
+    metrics["loss"] = Sum(total.detach() * num_pairs)
+    for number, name in enumerate(by_dataset.names):
+        places = [i for i, index in enumerate(micro.indices) if by_dataset.numbers[index] == number]
+        value = _loss_of(config, places, scored.logprob.detach(), reference_logprob, micro, step)
+        metrics[f"dataset/{name}"] = Sum(value * num_pairs)
+    return LossOutput(total, metrics | _token_metrics(scored, batch))
+
+
+def _weighted_losses(
+    config: DPOConfig, logprob: Tensor, reference: Tensor | None, cu_rows: Tensor, own: Pairs, step: Pairs
+) -> tuple[Tensor, dict[str, Metric]]:
+    """Returns the contribution of the pairs `own` to the loss of an optimiser step over the pairs `step`, and its
+    metrics. logprob [R], reference [2B], cu_rows [2B + 1] are those of `loss_of_pairs`."""
     metrics: dict[str, Metric] = {}
-    total = torch.zeros((), device=model.device)
+    total = torch.zeros((), device=logprob.device)
     for name, weight in zip(config.losses, config.loss_weights or [1.0] * len(config.losses), strict=True):
         if name == "sft":
-            loss = -sequence_sums(scored.logprob, batch)[::2].sum() / step.num_chosen_tokens
+            sums = torch.segment_reduce(logprob, "sum", offsets=cu_rows.long())
+            loss = -sums[::2].sum() / step.num_chosen_tokens
         else:
-            output = loss_of_pairs(config, name, scored.logprob, reference_logprob, batch.cu_rows, own, num_pairs)
+            output = loss_of_pairs(config, name, logprob, reference, cu_rows, own, len(step))
             loss, metrics = output.loss, {**output.metrics, **metrics}
         total = total + weight * loss
-        metrics[f"loss/{name}"] = Sum(loss.detach() * num_pairs)
-    metrics["loss"] = Sum(total.detach() * num_pairs)
-    return LossOutput(total, metrics | _token_metrics(scored, batch))
+        metrics[f"loss/{name}"] = Sum(loss.detach() * len(step))
+    return total, metrics
+
+
+@torch.no_grad()
+def _loss_of(
+    config: DPOConfig,
+    places: Sequence[int],
+    logprob: Tensor,
+    reference: Tensor | None,
+    micro: _Micro,
+    step: Pairs,
+) -> Tensor:
+    """Returns the contribution of the pairs at `places` of a micro-batch to the loss of a step, [] float32."""
+    if not places:
+        return logprob.new_zeros(())
+    sequences = torch.tensor([2 * place + side for place in places for side in (0, 1)])
+    starts, lengths = micro.batch.cu_rows[:-1].long()[sequences], micro.batch.cu_rows.diff().long()[sequences]
+    rows = torch.cat([torch.arange(length) + start for start, length in zip(starts, lengths.tolist(), strict=True)])
+    cu_rows = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
+    rows, sequences, cu_rows = (x.to(logprob.device, non_blocking=True) for x in (rows, sequences, cu_rows))
+    own = None if reference is None else reference[sequences]
+    return _weighted_losses(config, logprob[rows], own, cu_rows, micro.pairs[places], step)[0]
+
+
+def _split(
+    by_dataset: ByDataset, means: Mapping[str, float], indices: Sequence[int], *, evaluation: bool
+) -> dict[str, float]:
+    """Returns the mean loss of the pairs of each dataset."""
+    sums = [means[f"dataset/{name}"] * len(indices) for name in by_dataset.names]
+    return by_dataset.losses(sums, by_dataset.counts(indices), evaluation=evaluation)
 
 
 @torch.no_grad()
@@ -218,13 +271,21 @@ def _token_metrics(scored: TokenLogprobs, batch: PackedBatch) -> dict[str, Metri
 
 @torch.no_grad()
 def _evaluate(
-    config: DPOConfig, model: PreTrainedModel, reference: Reference, pairs: Pairs, indices: Sequence[int]
+    config: DPOConfig,
+    model: PreTrainedModel,
+    reference: Reference,
+    pairs: Pairs,
+    indices: Sequence[int],
+    by_dataset: ByDataset,
 ) -> dict[str, float]:
     totals, held_out = StepMetrics(), pairs[indices]
     with own_pace(model, *live_models(reference)):
         for micro in _micro_batches(held_out, config):
-            totals.add(_loss(config, model, reference, _micro(held_out, indices, micro), held_out).metrics)
-    return {f"eval_{name}": value for name, value in _named(config, totals.means("pairs")).items()}
+            own = _micro(held_out, indices, micro)
+            totals.add(_loss(config, model, reference, own, held_out, by_dataset).metrics)
+    means = totals.means("pairs")
+    named = {f"eval_{name}": value for name, value in _named(config, means).items()}
+    return named | _split(by_dataset, means, indices, evaluation=True)
 
 
 def _named(config: DPOConfig, means: Mapping[str, float]) -> dict[str, float]:

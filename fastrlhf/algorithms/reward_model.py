@@ -53,6 +53,7 @@ from fastrlhf.models.precision import resolved
 from fastrlhf.models.reward_head import width
 from fastrlhf.models.router_loss import begin_step
 from fastrlhf.models.sharding import own_pace, shard
+from fastrlhf.runtime.by_dataset import ByDataset
 from fastrlhf.runtime.inputs import open_inputs
 from fastrlhf.runtime.mixing import shares_of
 from fastrlhf.runtime.optim import Optimizer, index_batches, num_steps
@@ -83,8 +84,8 @@ def train_reward_model(
 
     The result is a plain `AutoModelForSequenceClassification`. Metrics per step: loss (nats per pair), accuracy,
     margin, min_reward, mean_reward, max_reward, grad_norm, learning_rate, num_tokens (of the sequences, as TRL counts),
-    num_unique_tokens (computed); with views also those of `_view_metrics`. Raises ValueError for bad input before any
-    time is spent.
+    num_unique_tokens (computed); with views also those of `_view_metrics`; with several weighted datasets also
+    dataset/NAME/loss and eval_NAME_loss. Raises ValueError for bad input before any time is spent.
     """
     config = resolved(config, RewardConfig, "train_reward_model", model)
     if model is None:
@@ -96,6 +97,7 @@ def train_reward_model(
     check_vocabulary({"model_name_or_path": model}, tokenizer)
     make_trainable(model, config, config.model_name_or_path)
     rows = TokenSet.joined(data.train, synthetic)
+    by_dataset = ByDataset.of(rows)
     pairs, held_out = (Trees(TokenSet.of(some), partial(to_tree, config=config)) for some in (rows, data.eval))
     margins, held_out_margins = (_margins(config, part) for part in (data.train, data.eval))
     margins = torch.cat([margins, torch.zeros(len(synthetic))])
@@ -108,7 +110,7 @@ def train_reward_model(
     heads, rates = ({"view_": objective.heads}, {"view_": objective.learning_rate}) if objective else ({}, {})
     head_rates = {"": config.head_learning_rate}
     optimizer = Optimizer({"": model, **heads}, config, num_steps=steps, learning_rates=rates, head_rates=head_rates)
-    evaluate_held_out = partial(evaluate, config, model, held_out, held_out_margins)
+    evaluate_held_out = partial(evaluate, config, model, held_out, held_out_margins, ByDataset.of(data.eval))
 
     parts: dict[str, Any] = {"optimizer": optimizer} | ({"views": objective.heads} if objective else {})
     watch = evaluate_held_out if held_out else None
@@ -118,8 +120,10 @@ def train_reward_model(
         for step, indices in run.remaining(batches):
             drawn, seen = [pairs[i] for i in indices], objective.draw(step) if objective else []
             loss_of_views = partial(objective.loss, step=step) if objective else None
-            scores, losses, totals = _backward(config, model, drawn, margins[indices], seen, loss_of_views, run.parts)
-            metrics = _summary(scores, losses)
+            scores, losses, sums, totals = _backward(
+                config, model, drawn, margins[indices], seen, loss_of_views, run.parts, by_dataset, indices
+            )
+            metrics = _summary(scores, losses, by_dataset, sums, by_dataset.counts(indices))
             if objective:
                 metrics |= _view_metrics(totals.means("views"), objective, step)
             metrics |= {**optimizer.step(), "num_tokens": sum(map(num_in_sequences, [*drawn, *seen]))}
@@ -150,7 +154,9 @@ def _backward(
     views: Sequence[Tree],
     loss_of_views: Callable[[Tensor], LossOutput] | None,
     parts: Callable[[Sequence[list[int]]], Iterable[list[int]]],
-) -> tuple[Tensor, Tensor, StepMetrics]:
+    by_dataset: ByDataset,
+    indices: Sequence[int],
+) -> tuple[Tensor, Tensor, Tensor, StepMetrics]:
     """Adds the gradients of one step: scores [B, 2] and losses [B] of its pairs, sums of its views. `parts` watches
     the micro-batches for a request to stop (`Run.parts`).
 
@@ -175,25 +181,27 @@ def _backward(
         own = [i for i in micro if i < len(pairs)]
         score = read_scores(model, hidden[: 2 * len(own)]).view(-1, 2)
         loss = ranking_losses(config, score, margins[own])
-        total = loss.sum() / len(pairs)
+        objective = loss.sum() / len(pairs)
         if loss_of_views:
             hidden.retain_grad()
             of_views = hidden[2 * len(own) :]
             if kept is None:
                 output = loss_of_views(of_views)
                 totals.add(_with_loss(output))
-                total = total + output.loss
+                objective = objective + output.loss
             else:
                 rows = [2 * (i - len(pairs)) + side for i in micro[len(own) :] for side in (0, 1)]
-                total = total + (of_views * kept[rows]).sum()
-        total.backward()
+                objective = objective + (of_views * kept[rows]).sum()
+        objective.backward()
         if loss_of_views:
             assert hidden.grad is not None
             squares = hidden.grad.float().pow(2).sum(1)
             totals.add({"pairs": Sum(squares[: 2 * len(own)].sum()), "pulls": Sum(squares[2 * len(own) :].sum())})
         scores.append(score.detach())
         losses.append(loss.detach())
-    return gathered(torch.cat(scores)), gathered(torch.cat(losses)), totals
+    own = [i for micro in micros for i in micro if i < len(pairs)]
+    sums = by_dataset.totals(torch.cat(losses), [indices[i] for i in own])
+    return gathered(torch.cat(scores)), gathered(torch.cat(losses)), sums, totals
 
 
 def _with_loss(output: LossOutput) -> dict[str, Metric]:
@@ -243,17 +251,27 @@ def ranking_losses(config: RewardConfig, scores: Tensor, margins: Tensor) -> Ten
 
 
 @torch.no_grad()
-def evaluate(config: RewardConfig, model: PreTrainedModel, pairs: Sequence[Tree], margins: Tensor) -> dict[str, float]:
+def evaluate(
+    config: RewardConfig,
+    model: PreTrainedModel,
+    pairs: Sequence[Tree],
+    margins: Tensor,
+    by_dataset: ByDataset | None = None,
+) -> dict[str, float]:
     """Measures loss and accuracy on held-out pairs, with a 95 % bootstrap interval of the accuracy; ties count one
     half."""
+    by_dataset = by_dataset or ByDataset.single(len(pairs))
     micros = own_micro_batches([num_computed(tree) for tree in pairs], config.micro_batch_tokens, "pair")
     with own_pace(model):
         scores = torch.cat([score_pairs(model, [pairs[i] for i in micro]) for micro in micros])
-    losses = gathered(ranking_losses(config, scores, margins[[i for micro in micros for i in micro]]))
+    own = [i for micro in micros for i in micro]
+    each = ranking_losses(config, scores, margins[own])
+    sums, losses = by_dataset.totals(each, own), gathered(each)
     scores = gathered(scores)
     margin = scores[:, 0] - scores[:, 1]
     low, high = bootstrap_interval(((margin > 0) + 0.5 * (margin == 0)).cpu().numpy())
-    summary = {f"eval_{name}": value for name, value in _summary(scores, losses).items()}
+    found = _summary(scores, losses, by_dataset, sums, by_dataset.counts(range(len(pairs))), evaluation=True)
+    summary = {name if name.startswith("eval_") else f"eval_{name}": value for name, value in found.items()}
     return summary | {"eval_accuracy_low": low, "eval_accuracy_high": high}
 
 
@@ -263,7 +281,17 @@ def held_out_accuracy(config: RewardConfig, model: PreTrainedModel, examples: Se
     return evaluate(config, model, pairs, _margins(config, examples))["eval_accuracy"]
 
 
-def _summary(scores: Tensor, losses: Tensor) -> dict[str, float]:
+def _summary(
+    scores: Tensor,
+    losses: Tensor,
+    by_dataset: ByDataset | None = None,
+    sums: Tensor | None = None,
+    counts: Sequence[float] = (),
+    *,
+    evaluation: bool = False,
+) -> dict[str, float]:
+    """Returns the metrics of scores [B, 2] and losses [B]; `sums` and `counts` are those of the losses of each
+    dataset. It waits for the GPU once."""
     margin = scores[:, 0] - scores[:, 1]
     values = {
         "loss": losses.mean(),
@@ -273,7 +301,10 @@ def _summary(scores: Tensor, losses: Tensor) -> dict[str, float]:
         "mean_reward": scores.mean(),
         "max_reward": scores.max(),
     }
-    return dict(zip(values, torch.stack(list(values.values())).tolist(), strict=True))
+    parts = [torch.stack(list(values.values())), *([sums] if sums is not None else [])]
+    numbers = torch.cat(parts).tolist()
+    split = by_dataset.losses(numbers[len(values) :], counts, evaluation=evaluation) if by_dataset else {}
+    return dict(zip(values, numbers[: len(values)], strict=True)) | split
 
 
 def _margins(config: RewardConfig, examples: Sequence[TokenizedExample]) -> Tensor:

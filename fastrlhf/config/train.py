@@ -121,7 +121,8 @@ class TrainConfig(WatchKeys, ScheduleKeys, BatchKeys):
     dataset_name: str | tuple[str, ...] | tuple[Source, ...] = ""
     """Hub name of the dataset, or a local file (.jsonl, .ndjson, .json, .csv, each also .gz or .zst, or .parquet) or
     folder. A list of datasets is concatenated. An entry of the list may be a mapping of path, weight, columns, split
-    and config: in YAML, or as JSON in a flag. The rows of a dataset are then drawn in proportion to its weight."""
+    and config: in YAML, or as JSON in a flag. The rows of a dataset are then drawn in proportion to its weight,
+    and sft, reward and dpo also report the loss of each dataset."""
     dataset_config: str = ""
     """Name of the configuration of a hub dataset that has several."""
     dataset_train_split: str = "train"
