@@ -28,7 +28,7 @@ def cheapest_change(
     least = max(phase.total for phase in phases)
 
     def totals(changed: TrainConfig) -> list[int]:
-        return [phase.total for phase in count_phases(changed, rows, is_cuda=is_cuda, memory=memory)[0]]
+        return [phase.total for phase in count_phases(changed, rows, is_cuda=is_cuda, memory=memory).phases]
 
     for base in _bases(config, may_offload):
         needs = [phase.total for phase in phases] if base == config else totals(base)

@@ -52,6 +52,9 @@ if TYPE_CHECKING:
 TRITON_PART = 128 * 2**20
 """Bytes of the block of logit gradients that linear_logprob stores at a time in its Triton implementation."""
 
+DEVICE = torch.ops.prim.device.default
+"""The operator that returns the device of a fake tensor."""
+
 ELSEWHERE = torch.device("meta")
 """Fake device that represents CPU memory; its bytes are not counted."""
 
@@ -219,8 +222,6 @@ class Fakes:
         tally = _Tally(models, self.memory if self.is_cuda else None)
         with self.mode, tally:
             yield tally
-        for model in models:
-            model.zero_grad()
 
 
 class _Tally(TorchDispatchMode):
@@ -240,6 +241,8 @@ class _Tally(TorchDispatchMode):
         }
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is DEVICE:  # torch asks for devices twice as often as it calls operators
+            return args[0].device
         if func is torch.ops.aten._grouped_mm.default and args[0].dtype == torch.float32:
             # Without data torch computes the products of experts only in bfloat16.
             narrow = func(args[0].bfloat16(), args[1].bfloat16(), *args[2:], **(kwargs or {}))
@@ -251,8 +254,15 @@ class _Tally(TorchDispatchMode):
         for tensor in tree_leaves(output):
             if isinstance(tensor, Tensor) and tensor.device != ELSEWHERE:
                 self._add(tensor.untyped_storage())
-        self.peak = max(self.peak, self._now + self._workspace(str(func), args))
+        self.peak = max(self.peak, self._now + self._workspace(func, args))
         return output
+
+    def add_gradients(self, models: Sequence[PreTrainedModel]) -> None:
+        """Counts the gradients that the models already have."""
+        for model in models:
+            for param in model.parameters():
+                if param.grad is not None:
+                    self._add(param.grad.untyped_storage())
 
     def _add(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata
@@ -264,9 +274,12 @@ class _Tally(TorchDispatchMode):
     def _remove(self, key: int) -> None:
         self._now -= self._sizes.pop(key)
 
-    def _workspace(self, name: str, args: Sequence[Any]) -> int:
+    def _workspace(self, func: Any, args: Sequence[Any]) -> int:
         """Returns the bytes that an operator uses internally: for linear_logprob and linear_nll the blocks of logits,
         for a product with a 4-bit weight the dequantised weight, and 0 for all other operators."""
+        if func.namespace in ("aten", "prim"):
+            return 0
+        name = str(func)
         if name.startswith("bitsandbytes.gemm_4bit"):
             return args[0].element_size() * math.prod(args[2])
         if name.startswith("fastrlhf.linear_nll"):

@@ -11,7 +11,7 @@ process with its libraries (0.3 to 0.5 GiB of CPU memory; on a GPU the CUDA cont
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,7 @@ from transformers import PretrainedConfig
 from fastrlhf.config import PPOConfig, ReferenceConfig, SFTConfig, TrainConfig
 from fastrlhf.data.packing import pack
 from fastrlhf.models.attention import run_alone
+from fastrlhf.models.forward import enable_activation_checkpointing
 from fastrlhf.models.layers import describe_alone, foresee_alone
 from fastrlhf.models.loading import DTYPES
 from fastrlhf.models.probe import one_line
@@ -50,9 +51,21 @@ def readable(size: int) -> str:
     return f"{size / GIB:.2f} GiB" if size >= GIB else f"{size / 2**20:.0f} MiB"
 
 
-def count_phases(config: TrainConfig, rows: Rows, *, is_cuda: bool, memory: int = 0) -> tuple[list[Phase], list[str]]:
-    """Returns the phases of a step (the rollout first, in on-policy runs) and lines of facts about parameters, steps
-    and tokens. vLLM on the trainer's device takes its share of `memory`, the bytes of the device.
+@dataclass(frozen=True, kw_only=True)
+class Count:
+    """The memory of a step, phase by phase."""
+
+    phases: list[Phase]
+    """The phases in order; in on-policy runs the rollout is the first."""
+    facts: list[str]
+    """Lines about parameters, steps and tokens."""
+    peak_recomputed: Callable[[], int]
+    """Returns the peak with activation checkpointing, in bytes, from the models and packs of this count. Raises
+    ValueError if the layers of a model cannot be recomputed."""
+
+
+def count_phases(config: TrainConfig, rows: Rows, *, is_cuda: bool, memory: int = 0) -> Count:
+    """Counts the memory of a step. vLLM on the trainer's device takes its share of `memory`, the bytes of the device.
 
     With `ref_reward_offload` the frozen models are on the device only in the phases that use them. Raises ValueError,
     as the run would, for a model that is missing or does not fit the configuration.
@@ -73,25 +86,29 @@ def count_phases(config: TrainConfig, rows: Rows, *, is_cuda: bool, memory: int 
     paged = config.optim.startswith("paged")
     kept = weights | ({} if paged else moments) | {"float32 copies of bfloat16 weights": copies}
     live = frozen.get("reference") if isinstance(config, ReferenceConfig) else None
-    try:
-        beyond = fakes.peak(
-            trained, packs.largest, reference=live, num_packs=packs.num_packs, by_token=_sums_over_tokens(config)
-        )
-    except Exception as error:  # the code of a model family may raise any exception
-        kinds = " and ".join(sorted({type(fake.model).__name__ for fake in trained.values()}))
-        told = f"the memory of {kinds} cannot be counted without data ({one_line(error)}); measure a short run"
-        raise ValueError(told) from error
+
+    def training_parts() -> dict[str, int]:
+        try:
+            by_token = _sums_over_tokens(config)
+            beyond = fakes.peak(trained, packs.largest, reference=live, num_packs=packs.num_packs, by_token=by_token)
+        except Exception as error:  # the code of a model family may raise any exception
+            kinds = " and ".join(sorted({type(fake.model).__name__ for fake in trained.values()}))
+            told = f"the memory of {kinds} cannot be counted without data ({one_line(error)}); measure a short run"
+            raise ValueError(told) from error
+        return {
+            "gradients": min(gradients, beyond),
+            "activations, blocks of logits, temporaries": max(0, beyond - gradients),
+        }
+
+    def peak_recomputed() -> int:
+        for fake in trained.values():
+            enable_activation_checkpointing(fake.model)
+        changed = training_parts()
+        return max(sum((phase.parts | changed if phase.name == training else phase.parts).values()) for phase in phases)
+
     pack_tokens = packs.largest.num_tokens
-    phases = [
-        Phase(
-            name=f"forward and backward of {pack_tokens:,} tokens",
-            parts=kept
-            | {
-                "gradients": min(gradients, beyond),
-                "activations, blocks of logits, temporaries": max(0, beyond - gradients),
-            },
-        )
-    ]
+    training = f"forward and backward of {pack_tokens:,} tokens"
+    phases = [Phase(name=training, parts=kept | training_parts())]
     if any(update.values()):
         phases.append(Phase(name="optimiser step", parts=kept | {"gradients": gradients} | update))
     if isinstance(config, PPOConfig):
@@ -142,7 +159,7 @@ def count_phases(config: TrainConfig, rows: Rows, *, is_cuda: bool, memory: int 
             f"one update: {passes} passes over its batch, {passes * config.num_mini_batches} optimiser steps",
         )
         facts += sampling_facts(config, models.start.get_text_config().vocab_size)
-    return phases, facts
+    return Count(phases=phases, facts=facts, peak_recomputed=peak_recomputed)
 
 
 def _ways(config: TrainConfig, alone: str | None) -> list[str]:

@@ -19,8 +19,8 @@ from fastrlhf.models.loading import resolve_device
 from fastrlhf.models.offload import check_offloading
 from fastrlhf.models.precision import fast_dtype, with_dtype
 from fastrlhf.tools.plan.changes import cheapest_change
-from fastrlhf.tools.plan.packs import Rows, read_rows
-from fastrlhf.tools.plan.phases import GIB, Phase, count_phases, readable
+from fastrlhf.tools.plan.packs import read_rows
+from fastrlhf.tools.plan.phases import GIB, Count, Phase, count_phases, readable
 
 USABLE = 0.92
 """Share of the device's memory that the counted parts may fill. The rest is for memory that the plan does not count."""
@@ -73,23 +73,21 @@ def plan_run(config: TrainConfig, *, memory_gib: float = 0.0) -> Plan:
         config = replace(config, ref_reward_offload=False)  # offloading has no effect on a CPU
     # Rows are read on this machine; whether the planned device can offload was checked above.
     rows, is_cuda = read_rows(replace(config, activation_offloading=False)), device.type == "cuda"
-    phases, facts = count_phases(config, rows, is_cuda=is_cuda, memory=memory)
-    plan = Plan(phases=phases, facts=facts, device=name, memory=memory)
+    count = count_phases(config, rows, is_cuda=is_cuda, memory=memory)
+    plan = Plan(phases=count.phases, facts=count.facts, device=name, memory=memory)
     if plan.fits:
-        return replace(plan, offer=_offer(config, rows, plan.peak, memory=memory, is_cuda=is_cuda))
-    change = cheapest_change(config, rows, phases, plan.usable, memory=memory, is_cuda=is_cuda, may_offload=may_offload)
+        return replace(plan, offer="" if config.activation_checkpointing else _offer(count, plan.peak))
+    change = cheapest_change(
+        config, rows, count.phases, plan.usable, memory=memory, is_cuda=is_cuda, may_offload=may_offload
+    )
     return replace(plan, change=change)
 
 
-def _offer(config: TrainConfig, rows: Rows, peak: int, *, memory: int, is_cuda: bool) -> str:
-    if config.activation_checkpointing:
-        return ""
-    changed = replace(config, activation_checkpointing=True)
+def _offer(count: Count, peak: int) -> str:
     try:
-        phases, _ = count_phases(changed, rows, is_cuda=is_cuda, memory=memory)
+        least = count.peak_recomputed()
     except ValueError:  # the layers of the model cannot be recomputed
         return ""
-    least = max(phase.total for phase in phases)
     saves = f"--activation_checkpointing true: {readable(least)}, for about a third more time"
     return saves if least < peak else ""
 

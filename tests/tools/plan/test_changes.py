@@ -43,7 +43,7 @@ def test_offloading_frozen_models_is_advised_before_checkpointing(folder):
     exact = dataclasses.replace(config, kl_placement="loss", kl_estimator="exact")
     for each, may_offload, advised in ((config, True, True), (config, False, False), (exact, True, False)):
         rows = read_rows(each)
-        phases, _ = count_phases(each, rows, is_cuda=True)
+        phases = count_phases(each, rows, is_cuda=True).phases
         limit = max(phase.total for phase in phases) - 2**20
         change = changes.cheapest_change(each, rows, phases, limit, memory=0, is_cuda=True, may_offload=may_offload)
         assert ("fits: --ref_reward_offload True: " in change) == advised, change

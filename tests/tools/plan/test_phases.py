@@ -86,9 +86,9 @@ def test_bfloat16_halves_weights_and_adds_float32_copies(folder):
 
 
 def test_an_adapter_is_all_that_is_trained_and_weights_are_shared(folder):
-    phases, facts = count_phases(
-        config := measure.config(folder, "lora", measure.SIZES), read_rows(config), is_cuda=False
-    )
+    config = measure.config(folder, "lora", measure.SIZES)
+    count = count_phases(config, read_rows(config), is_cuda=False)
+    phases, facts = count.phases, count.facts
     assert f"of them trained: policy {LORA:,}, critic {LORA + 256:,}" in facts
     training = phases[1].parts
     assert training["gradients"] == 4 * (2 * LORA + 256)
@@ -98,7 +98,7 @@ def test_an_adapter_is_all_that_is_trained_and_weights_are_shared(folder):
 
 
 def count_parts(config) -> dict[str, int]:
-    return count_phases(config, read_rows(config), is_cuda=False)[0][0].parts
+    return count_phases(config, read_rows(config), is_cuda=False).phases[0].parts
 
 
 def test_8_bit_moments_take_two_bytes_and_paged_moments_are_listed_separately(folder):
@@ -109,15 +109,15 @@ def test_8_bit_moments_take_two_bytes_and_paged_moments_are_listed_separately(fo
     assert parts[MOMENTS] == 8 * small
     assert parts["optimiser state (8 bits)"] == (POLICY - small) * (2 + 8 / 256)
     paged = measure.config(folder, "sft", optim="paged_adamw_32bit")
-    phases, facts = count_phases(paged, read_rows(paged), is_cuda=True)
-    assert MOMENTS not in phases[0].parts
-    assert facts[-1].startswith("optimiser state: ")
+    count = count_phases(paged, read_rows(paged), is_cuda=True)
+    assert MOMENTS not in count.phases[0].parts
+    assert count.facts[-1].startswith("optimiser state: ")
 
 
 def test_stochastic_rounding_keeps_no_copies_and_makes_weights_in_float32_for_an_update(folder):
     settings = {"dtype": "bfloat16", "master_weights": "stochastic_rounding"}
     config = measure.config(folder, "sft", measure.SIZES, **settings)
-    step = count_phases(config, read_rows(config), is_cuda=False)[0][-1]
+    step = count_phases(config, read_rows(config), is_cuda=False).phases[-1]
     assert step.parts["float32 copies of bfloat16 weights"] == 0
     largest = measure.VOCAB * 256
     assert step.parts["gradients and weights in float32, noise"] == 8 * POLICY + 6 * largest
@@ -139,7 +139,8 @@ def offloaded(folder, **changes):
     start = {"model_config": "", "model_name_or_path": str(folder / "policy"), "dpo_model_path": str(folder / "policy")}
     config = measure.config(folder, "ppo", measure.SIZES, **start | changes)
     waits = dataclasses.replace(config, ref_reward_offload=True)
-    return (count_phases(each, read_rows(each), is_cuda=True) for each in (waits, config))
+    counts = [count_phases(each, read_rows(each), is_cuda=True) for each in (waits, config)]
+    return ((count.phases, count.facts) for count in counts)
 
 
 def test_offloaded_models_are_on_the_gpu_only_while_they_score(folder):
