@@ -86,9 +86,9 @@ def interleave(
 ) -> dict[Key, dict[str, Any] | Exception]:
     """Times the steps alternately for `runs` rounds, so that clock speed and heat affect all of them equally.
 
-    A step that is a function times itself and returns milliseconds of (forward, backward). A step that has used up its
-    `seconds` skips the rounds after `LEAST_RUNS`. Returns the medians of each step, with the 20 % and 80 % quantiles of
-    the total; for a step that raised an exception, returns the exception.
+    A step is a `Step`, or a function that measures its own time and returns the milliseconds of (forward, backward). A
+    step that has used up its `seconds` stops after `LEAST_RUNS` rounds. Returns the medians of each step, with the 20 %
+    and 80 % quantiles of the total; for a step that raised an exception, returns the exception.
     """
     timer, times, failed = Timer(device), {key: [] for key in steps}, {}
     for _ in range(runs):

@@ -166,8 +166,8 @@ def _train(command: str, arguments: Sequence[str]) -> None:
 
 def _run_first(command: str, config: Any, paths: Sequence[str]) -> list[tuple[str, Any]]:
     """Returns the sections that `run_first` names and their configurations, in order. Flags apply only to `command`. A
-    section is left out if a flag overrides the only key that pointed to its output folder. Sections that only left-out
-    sections need are left out too.
+    section is left out if a flag overrides the only key that pointed to its output folder. A section that
+    is needed only by left-out sections is left out too.
     """
     earlier = []
     for path in paths:

@@ -160,7 +160,7 @@ def train_dpo(
 
 
 def _no_reference(batch: PackedBatch, indices: Sequence[int]) -> None:
-    """Replaces the reference for losses that do not need one."""
+    """Takes the place of the reference in losses that do not need one."""
 
 
 @dataclass(frozen=True, kw_only=True)

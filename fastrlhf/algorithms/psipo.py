@@ -58,8 +58,8 @@ class Psi:
         if not bool(value.isfinite().all()):
             bad = prob[~value.isfinite()].flatten()[0].item()
             raise ValueError(
-                f"psi: {self.name} of the probability {bad:g} is not finite, so that KL to the reference would count "
-                "for nothing at any tau; use clipped_logit, or smooth the probabilities"
+                f"psi: {self.name} of the probability {bad:g} is not finite, so no value of tau could keep the "
+                "policy near the reference; use clipped_logit, or smooth the probabilities"
             )
         return value
 

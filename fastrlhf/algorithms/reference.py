@@ -107,14 +107,14 @@ def _open_saved(config: ReferenceConfig, policy: PreTrainedModel, trees: Sequenc
     end; None if the run has no folder."""
     if config.ref_cache_dir:
         folder, key = Path(config.ref_cache_dir), "ref_cache_dir"
-    elif config.output_dir:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"{key}: {str(folder)!r} cannot be made: {error.strerror}") from error
+    elif config.output_dir:  # made with the first chunk, so that a model that is refused leaves no folder
         folder, key = Path(config.output_dir) / PASSES, "output_dir"
     else:
         return None
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"{key}: {str(folder)!r} cannot be made: {error.strerror}") from error
     return SavedLogprobs(folder / _fingerprint(config, policy, trees), key)
 
 

@@ -52,8 +52,8 @@ Same = Callable[[int, int], Generator[Question, Relation, bool]]
 """Generator that asks at most two questions and returns whether answers i and j have the same meaning."""
 
 Grouping = Generator[Question, Relation, list[int] | None]
-"""Generator that asks questions and returns the group of every answer; None as soon as no group can become large
-enough."""
+"""Generator that yields questions, receives relations and returns the group of every answer. It returns None as soon as
+no group can become large enough."""
 
 
 def both_entail(i: int, j: int) -> Generator[Question, Relation, bool]:

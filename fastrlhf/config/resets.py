@@ -27,7 +27,7 @@ class ResetKeys:
     key `success_threshold` says which responses fail."""
     reset_cut: Literal["uniform", "sentence"] = "uniform"
     """Positions at which a reset may cut a response. uniform: after any token. sentence: after a token that ends a
-    sentence (. ! ? or a new line); a response without such a token is not reset to."""
+    sentence (. ! ? or a new line); responses without such a token are not used for resets."""
     reset_band: tuple[float, ...] = (0.0, 1.0)
     """Lowest and highest share of successes, both included, at which reset_source rollout resets a group. 0 0: only
     groups in which every response failed, the rule of BREAD (arXiv 2506.17211)."""

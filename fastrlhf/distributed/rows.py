@@ -38,8 +38,8 @@ class SpreadRows:
         self._own = Rows(values, _places(index, num_rows))
 
     def rows(self, index: Tensor) -> Rows:
-        """Returns rows among which this rank has those at `index` [m] int64. If any rank needs a row that another one
-        holds, the ranks exchange rows; otherwise nothing is copied. Every rank must call it."""
+        """Returns a set of rows that holds, on this rank, at least the rows at `index` [m] int64. If any rank needs a
+        row that another rank holds, the ranks exchange rows; otherwise nothing is copied. Every rank must call it."""
         if world_size() == 1:
             return self._own
         needed = by_rank(index)

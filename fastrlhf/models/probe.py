@@ -191,8 +191,9 @@ def _looks_ahead(model: PreTrainedModel, ids: list[int]) -> bool:
 
 
 def _probe_states(model: PreTrainedModel, batch: PackedBatch, num_first: int) -> tuple[Tensor, bool]:
-    """Returns the last hidden states [T, D], and whether those of later sequences depend on the first sequence, of
-    `num_first` tokens. This is tested by a gradient, which is exactly 0 in every dtype if nothing leaks."""
+    """Returns the last hidden states [T, D], and whether the states of later sequences depend on the first sequence,
+    which has `num_first` tokens. The dependence is tested by a gradient, which is exactly 0 in every dtype if nothing
+    leaks."""
     inputs: list[Tensor] = []
 
     def as_leaf(module: Module, arguments: Any, output: Tensor) -> Tensor:

@@ -130,8 +130,8 @@ def score_role(source: str, base: PreTrainedModel, field: str, pad_token_id: int
     """Builds the reward model that consists of the backbone of the frozen causal LM `base`, whose weights it shares,
     and the adapter in the folder `source` with its score head.
 
-    Only the adapter and the head have gradients; the head runs in float32. Raises ValueError, naming `field`, as
-    `policy_role` does, and if the adapter has no score head.
+    Only the adapter and the head have gradients; the head runs in float32. Raises ValueError, naming `field`, in
+    the cases of `policy_role`, and also if the adapter has no score head.
     """
     model = _with_adapter(_scorer_over(base, pad_token_id, source, field), source, base, field)
     model.score.requires_grad_(True)
@@ -188,8 +188,9 @@ def policy_to_refine(config: PPOConfig, base: PreTrainedModel, given: PreTrained
     """Returns the DPO model to train during the run. It starts from `given` or, if that is None, from the frozen causal
     LM `base`.
 
-    With `use_peft` it trains the adapter of `given` or, if there is none, a new adapter; without `given`, this adapter
-    is added to the shared weights of `base`. Without `use_peft` it trains all weights and shares none of them.
+    If `use_peft` is true, only an adapter is trained: the adapter of `given`, or a new one if `given` has none. If
+    `given` is None, the new adapter is added to `base`, whose weights are shared. If `use_peft` is false, all weights
+    are trained, and none are shared.
     """
     if given is None:
         given = shared_view(base) if config.use_peft else frozen_copy(base)

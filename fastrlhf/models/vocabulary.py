@@ -103,8 +103,8 @@ def head_of(model: PreTrainedModel, *, gathered: bool = False, by_id: bool = Fal
 
 
 def rows_of(model: PreTrainedModel, targets: Tensor) -> Tensor:
-    """Returns the rows of the head from `head_of` for targets [R] int64. Negative targets, which are ignored, stay as
-    they are; an id that may not be sampled becomes a number that is no row."""
+    """Returns the rows of the head from `head_of` for targets [R] int64. Negative targets, which are ignored, are
+    not changed. An id that may not be sampled is mapped to a number beyond the rows."""
     limit = _limit(model)
     if limit is None or limit.places is None:
         return targets

@@ -284,7 +284,7 @@ def _losses(config: TrainConfig) -> Iterator[Method]:
 
 
 def _offline_pairs(config: DPOConfig) -> Iterator[Method]:
-    """Yields the losses on pairs, with the definitions that follow from the labels, the margins and the reference."""
+    """Yields the description of each pair loss, with the formulas of its labels, its margins and its reference."""
     smoothed = ", e = label_smoothing"
     dpo, ipo = "-log(sigmoid(z))", "(D - 1 / (2 * beta))^2"
     if config.label_source != "data":

@@ -40,7 +40,7 @@ class SharedMemory:
         return memory
 
     def write(self, weights: Sequence[tuple[str, Tensor]]) -> list[Entry]:
-        """Replaces the content of the memory. Returns the entries that another process passes to `read`."""
+        """Replaces the content of the memory. Returns the entries, which another process must pass to `read`."""
         entries, end = [], 0
         for name, weight in weights:
             entries.append((name, weight.dtype, tuple(weight.shape), end))

@@ -112,7 +112,7 @@ def dataset_parts(
     ]
     for rows, part in zip(wanted, joined, strict=True):
         if part:
-            log.info("%s: %s", rows.name, describe(config, part.rows))
+            log.info("%s: %s", rows.name, describe(config, part.rows, drawn=rows.name == "train"))
     return joined
 
 

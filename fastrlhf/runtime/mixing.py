@@ -90,16 +90,17 @@ def weights_of(config: TrainConfig) -> Mapping[str, float]:
     return {label: source.weight for label, source in zip(labels_of(sources), sources, strict=True)}
 
 
-def describe(config: TrainConfig, rows: TokenSet) -> str:
-    """Returns one line with the number of rows, the row numbers, the weight and the share of each dataset."""
+def describe(config: TrainConfig, rows: TokenSet, *, drawn: bool) -> str:
+    """Returns one line with the number of rows and the row numbers of each dataset, and, if rows are `drawn` with
+    weights, the weight and the share of each dataset."""
     weights, (names, numbers) = weights_of(config), rows.datasets()
     nums = np.bincount(numbers, minlength=len(names))
     every = sum(weights.get(name, 1.0) * int(num) for name, num in zip(names, nums, strict=True))
     parts = []
     for name, num, first in zip(names, nums.tolist(), rows.first_rows(), strict=True):
         weight = weights.get(name, 1.0)
-        share = f"weight {weight:g}, {weight * num / every:.1%} of all draws"
-        parts.append(f"{name} {num:,} (numbered from {first}, {share})")
+        share = f", weight {weight:g}, {weight * num / every:.1%} of all draws" if drawn else ""
+        parts.append(f"{name} {num:,} (numbered from {first}{share})")
     return f"{len(rows):,} rows of {len(names)} datasets: {', '.join(parts)}"
 
 
@@ -107,7 +108,7 @@ def mixed_epochs(shares: Shares, seed: int) -> Iterator[np.ndarray]:
     """Yields the row indices of one epoch after the other, [N] int64, N the number of rows of all datasets.
 
     After any number of epochs, dataset i has been drawn `drawn_after` times. The datasets are shuffled within an epoch.
-    The rows of a dataset are drawn without replacement, in a new order after each has been drawn.
+    The rows of a dataset are drawn without replacement; when all have been drawn, they are shuffled again.
     """
     sizes = [size for size, _ in shares]
     first, done = np.cumsum([0, *sizes]), [0] * len(sizes)

@@ -23,7 +23,7 @@ from fastrlhf.runtime.atomic import write_file
 
 PROJECT = "fastrlhf"
 IDS = "reporters.json"
-"""The file in the folder of a run that holds the ids."""
+"""Name of the file in the folder of a run that stores the id of the run at each tracker."""
 
 
 @dataclass(frozen=True, kw_only=True)

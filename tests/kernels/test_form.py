@@ -90,7 +90,7 @@ def test_the_counted_bytes_are_those_of_a_measured_step(dtype, trained, softcap)
     hidden = torch.randn(rows, size).to(dtype).requires_grad_()
     weight = torch.randn(vocab, size).to(dtype).requires_grad_(trained)
     targets = torch.randint(0, vocab, (rows,))
-    held = [linear_nll(hidden, weight, targets, num_tokens=1, softcap=softcap)]  # allocates what is allocated once
+    held = [linear_nll(hidden, weight, targets, num_tokens=1, softcap=softcap)]  # makes the one-time allocations
     measured = peak_bytes(lambda: held.append(linear_nll(hidden, weight, targets, num_tokens=1, softcap=softcap)))
     results = hidden.nbytes + trained * weight.nbytes
     counted = workspace_bytes(hidden, weight, (True, trained, False), softcap=softcap is not None)

@@ -11,7 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastrlhf.config import SFTConfig, Source
+from fastrlhf.algorithms import ppo
+from fastrlhf.algorithms.sft import train_sft
+from fastrlhf.config import PPOConfig, SFTConfig, Source
 from fastrlhf.data.token_report import TokenReport
 from fastrlhf.runtime.inputs import open_inputs
 from fastrlhf.runtime.mixing import drawn_after, join_reports, mixed_epochs, shares_of
@@ -104,14 +106,14 @@ def folder(tmp_path: Path) -> Path:
 
 
 def config_of(folder: Path, dataset_name, **keys) -> SFTConfig:
-    return SFTConfig(
-        tokenizer_name_or_path=str(folder / "tokenizer"),
-        model_config='{"model_type": "llama"}',
-        dataset_name=dataset_name,
-        dataset_cache_dir=str(folder / "store"),
-        device="cpu",
-        **{"max_length": 40, "num_eval_examples": 4} | keys,
-    )
+    fields = {
+        "tokenizer_name_or_path": str(folder / "tokenizer"),
+        "model_config": '{"model_type": "llama"}',
+        "dataset_cache_dir": str(folder / "store"),
+        "max_length": 40,
+        "num_eval_examples": 4,
+    }
+    return SFTConfig(dataset_name=dataset_name, device="cpu", **fields | keys)
 
 
 def entries(folder: Path, weight=1.0):
@@ -131,8 +133,7 @@ def test_joined_rows_are_those_of_each_dataset_with_row_numbers_that_continue(fo
     assert caplog.messages[-2:] == [
         "train: 24 rows of 2 datasets: short 8 (numbered from 0, weight 2, 50.0% of all draws), "
         "long 16 (numbered from 12, weight 1, 50.0% of all draws)",
-        "eval: 8 rows of 2 datasets: short 4 (numbered from 0, weight 2, 66.7% of all draws), "
-        "long 4 (numbered from 12, weight 1, 33.3% of all draws)",
+        "eval: 8 rows of 2 datasets: short 4 (numbered from 0), long 4 (numbered from 12)",
     ]
     short = opened(config_of(folder, str(folder / "short.jsonl")))
     long = opened(config_of(folder, str(folder / "long.jsonl"), columns="prompt=question"))
@@ -188,3 +189,50 @@ def test_a_row_that_is_too_long_is_named_with_its_dataset(folder):
     rows = opened(config).train
     with pytest.raises(ValueError, match=r"at least 9, the tokens of row 14 \(row 2 of long\); or lower max_length"):
         check_micro_batch(config, rows, [6] * 10 + [9] + [6] * 13)
+
+
+class Cut:
+    def on_save(self, *_):
+        raise RuntimeError("power failure")
+
+
+def test_a_resumed_run_draws_the_rows_of_an_uninterrupted_run(folder):
+    model = {
+        "model_name_or_path": tiny.save_policy(folder / "policy"),
+        "model_config": "",
+        "tokenizer_name_or_path": "",
+    }
+    keys = {**model, "max_steps": 6, "learning_rate": 1e-2, "progress": False, "save_steps": 2, "save_total_limit": 0}
+    whole = train_sft(config_of(folder, entries(folder, 2.0), **keys | {"save_steps": 0})).history
+    keys |= {"output_dir": str(folder / "run")}
+    with pytest.raises(RuntimeError, match="power failure"):
+        train_sft(config_of(folder, entries(folder, 2.0), **keys), callbacks=[Cut()])
+    with pytest.raises(ValueError, match=r"dataset_name: .*'weight': 2.0.* there, .*'weight': 3.0.* here"):
+        train_sft(config_of(folder, entries(folder, 3.0), **keys))
+    resumed = train_sft(config_of(folder, entries(folder, 2.0), **keys)).history
+    assert [row["loss"] for row in resumed] == [row["loss"] for row in whole]
+
+
+def test_prompts_of_episodes_are_drawn_with_weights(folder, monkeypatch):
+    seen = []
+    draw = ppo.draw_prefixes
+    monkeypatch.setattr(
+        ppo, "draw_prefixes", lambda config, rows, *a, **k: seen.extend(rows) or draw(config, rows, *a, **k)
+    )
+    tiny.save_policy(folder / "policy")
+    config = PPOConfig(
+        model_name_or_path=str(folder / "policy"),
+        reward_model_path=tiny.save_reward_model(folder / "judge"),
+        dataset_name=entries(folder, 4.0),
+        dataset_cache_dir=str(folder / "store"),
+        per_device_train_batch_size=32,
+        total_episodes=32,
+        response_length=2,
+        max_length=40,
+        progress=False,
+        device="cpu",
+    )
+    ppo.train_ppo(config)
+    # an epoch of 12 and 20 rows, in which a row of the first dataset is drawn 4 times as often
+    assert sum(row.row < 12 for row in seen) == drawn_after([(12, 4.0), (20, 1.0)], 1)[0] == 23
+    assert len(seen) == 32

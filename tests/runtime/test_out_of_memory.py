@@ -94,7 +94,7 @@ def test_if_weights_have_changed_within_the_step_no_checkpoint_is_saved(
 
 def test_the_place_is_that_of_the_innermost_part_of_the_run(paths, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
-        fail_at(patch, engine, "_draw", 1)
+        fail_at(patch, engine, "draw_tokens", 1)
         with pytest.raises(torch.OutOfMemoryError) as stop:
             run("ppo", paths, tmp_path / "run")
     assert describe(stop.value).startswith("out of memory in the rollout")

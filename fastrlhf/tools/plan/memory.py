@@ -61,7 +61,7 @@ ELSEWHERE = torch.device("meta")
 
 @dataclass(frozen=True, kw_only=True)
 class FakeModel:
-    """A model of fake tensors, which have no data, and its sizes."""
+    """A model made of fake tensors, which have no data, together with its sizes."""
 
     model: PreTrainedModel
     num_parameters: int
