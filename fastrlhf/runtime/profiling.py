@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ MAX_EVENTS = 1_000_000
 """Number of allocations and releases that a history of memory keeps; older ones are dropped."""
 
 
-class _OfSteps:
+class _OfSteps(ABC):
     """A callback that is active from the start of step `first` to the end of step `last`. If a run resumes within this
     range, the profile begins anew; if a run ends within the range, the profile so far is written."""
 
@@ -45,13 +46,14 @@ class _OfSteps:
             self._on = False
             self.end(None)
 
+    @abstractmethod
     def begin(self) -> None:
-        raise NotImplementedError
+        """Begins the profile."""
 
+    @abstractmethod
     def end(self, path: Path | None) -> None:
         """Ends the profile and writes it to a file whose name is `path` plus an ending; with None the profile is
         dropped."""
-        raise NotImplementedError
 
     def _begin_after(self, step: int) -> None:
         if not self._on and self._first <= step + 1 <= self._last:

@@ -11,10 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastrlhf.algorithms import ppo
+from fastrlhf.algorithms import dpo, kto, ppo, psipo_groups, reward_model, sft
 from fastrlhf.algorithms.sft import train_sft
-from fastrlhf.config import PPOConfig, SFTConfig, Source
+from fastrlhf.config import DPOConfig, KTOConfig, PPOConfig, RewardConfig, SFTConfig, Source
 from fastrlhf.data.token_report import TokenReport
+from fastrlhf.runtime import dataset
 from fastrlhf.runtime.inputs import open_inputs
 from fastrlhf.runtime.mixing import drawn_after, join_reports, mixed_epochs, shares_of
 from fastrlhf.runtime.optim import index_batches
@@ -236,3 +237,61 @@ def test_prompts_of_episodes_are_drawn_with_weights(folder, monkeypatch):
     # an epoch of 12 and 20 rows, in which a row of the first dataset is drawn 4 times as often
     assert sum(row.row < 12 for row in seen) == drawn_after([(12, 4.0), (20, 1.0)], 1)[0] == 23
     assert len(seen) == 32
+
+
+PAIR = {"prompt": "w3 w4", "chosen": "w1", "rejected": "w2 w5"}
+
+
+@pytest.mark.parametrize(
+    ("module", "train", "kind", "keys", "row"),
+    [
+        (sft, sft.train_sft, SFTConfig, {}, {"prompt": "w3", "completion": "w1"}),
+        (reward_model, reward_model.train_reward_model, RewardConfig, {}, PAIR),
+        (dpo, dpo.train_dpo, DPOConfig, {}, PAIR),
+        (
+            psipo_groups,
+            dpo.train_dpo,
+            DPOConfig,
+            {"loss_type": "ipo", "psi_backend": "groupwise"},
+            {"prompt": "w3", "responses": ["w1", "w2"], "scores": [1.0, 0.0]},
+        ),
+        (kto, kto.train_kto, KTOConfig, {}, {"prompt": "w3", "completion": "w1", "label": True}),
+    ],
+    ids=["sft", "reward", "dpo", "groups", "kto"],
+)
+def test_every_offline_trainer_draws_with_weights(tmp_path, monkeypatch, module, train, kind, keys, row):
+    class Seen(Exception):
+        pass
+
+    def draws(num_items, batch_size, steps, seed, shares=()):
+        raise Seen(num_items, list(shares))
+
+    tiny.save_policy(tmp_path / "policy")
+    for name, num in (("short", 4), ("long", 6)):
+        rows = [row | ({"label": i % 2 == 0} if "label" in row else {}) for i in range(num)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
+    monkeypatch.setattr(module, "index_batches", draws)
+    config = kind(
+        model_name_or_path=str(tmp_path / "policy"),
+        dataset_name=[{"path": str(tmp_path / "short.jsonl"), "weight": 3}, str(tmp_path / "long.jsonl")],
+        dataset_cache_dir=str(tmp_path / "store"),
+        per_device_train_batch_size=4,
+        device="cpu",
+        progress=False,
+        **keys,
+    )
+    with pytest.raises(Seen) as seen:
+        train(config)
+    assert seen.value.args == (10, [(4, 3.0), (6, 1.0)])
+
+
+def test_an_entry_is_read_with_its_own_configuration_columns_and_split(folder, monkeypatch):
+    read = []
+    monkeypatch.setattr(dataset, "_parts", lambda config, *_, **__: read.append(config) or [None, None])
+    named = [Source("a/x", config="main", split="train[:9]", columns="prompt=q"), Source("a/y")]
+    config = config_of(folder, named, dataset_config="other", columns="prompt=p")
+    dataset.dataset_parts(config, None, [], dataset.training_rows(config), "", keep_rows=False)
+    assert [(each.dataset_name, each.dataset_config, each.columns) for each in read] == [
+        ("a/x", "main", "prompt=q"),
+        ("a/y", "other", "prompt=p"),
+    ]
