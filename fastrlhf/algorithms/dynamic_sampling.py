@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fastrlhf.algorithms.judging import JudgedRollouts, joined
 from fastrlhf.config import PPOConfig
+from fastrlhf.runtime.mixing import Shares
 from fastrlhf.types import TokenizedExample
 
 REFILLED = 1 << 45
@@ -37,12 +38,14 @@ def refilled(
     drawn: Sequence[int],
     step: int,
     sample: Callable[[Sequence[TokenizedExample], int], JudgedRollouts],
+    shares: Shares = (),
 ) -> tuple[JudgedRollouts, dict[str, float]]:
     """Samples groups until the outcomes vary within every group of the batch or the limit is reached; returns the batch
     and metrics.
 
     `drawn` are the indices of the prompts of update number `step`, counted from 0. `sample` takes prompts and the
-    number of their first group, and returns their judged rollouts. Metrics: dynamic_sampling/sampled_groups,
+    number of their first group, and returns their judged rollouts. `shares`: the sizes and weights of the datasets of
+    the prompts, by which refills are drawn too. Metrics: dynamic_sampling/sampled_groups,
     /dropped_groups (sampled and not trained on), /unfilled_groups (trained on although their outcomes are equal) and
     /dropped_tokens.
     """
@@ -53,7 +56,8 @@ def refilled(
     first = -(-REFILLED // size) + step * budget
     while (missing := needed - len(with_spread(joined(parts).outcome, size))) and len(used) < budget:
         count = min(missing, budget - len(used))
-        indices = _other_prompts(len(prompts), used, count, (config.seed, step, REFILL_STREAM, len(parts)))
+        key = (config.seed, step, REFILL_STREAM, len(parts))
+        indices = _other_prompts(len(prompts), used, count, key, shares)
         parts.append(sample([prompts[i] for i in indices], first + len(used)))
         used += indices
     everything = joined(parts)
@@ -75,10 +79,16 @@ def with_spread(outcome: Tensor, size: int) -> list[int]:
     return (groups.amax(1) > groups.amin(1)).nonzero()[:, 0].tolist()
 
 
-def _other_prompts(num: int, used: Sequence[int], count: int, key: Sequence[int]) -> list[int]:
+def _other_prompts(num: int, used: Sequence[int], count: int, key: Sequence[int], shares: Shares = ()) -> list[int]:
     """Returns `count` indices of prompts in random order: first unused prompts, then, if these are too few, all
-    prompts."""
-    order = np.random.default_rng(list(key)).permutation(num).tolist()
+    prompts. With `shares` each next prompt is drawn in proportion to the weight of its dataset."""
+    draw = np.random.default_rng(list(key))
+    if shares:
+        sizes, weights = zip(*shares, strict=True)
+        # The order of exponential times whose rates are the weights is that of weighted draws without replacement.
+        order = np.argsort(draw.exponential(size=num) / np.repeat(weights, sizes)).tolist()
+    else:
+        order = draw.permutation(num).tolist()
     before = set(used)
     fresh = [i for i in order if i not in before]
     return (fresh + order * math.ceil(count / num))[:count]

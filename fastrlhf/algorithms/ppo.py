@@ -115,7 +115,8 @@ def train_ppo(
     policy, reference, critic, rewards = roles.policy, roles.reference, roles.critic, roles.rewards
     eos = end_ids(tokenizer)
     num_groups = config.batch_size // config.num_generations
-    batches = index_batches(len(prompts), num_groups, steps, config.seed, shares_of(config, prompts))
+    shares = shares_of(config, prompts)
+    batches = index_batches(len(prompts), num_groups, steps, config.seed, shares)
     token_rewarder = rewards.implicit.model if rewards.implicit and rewards.implicit.trained else None
     refiner = _refiner(config, token_rewarder, steps) if token_rewarder is not None else None
     optimizer = _optimizer(config, policy, critic, steps)
@@ -183,7 +184,9 @@ def train_ppo(
                 }
                 rewarded, refined = None, dict[str, float]()
                 if config.dynamic_sampling_factor > 1:
-                    rewarded, restarts = refilled(config, prompts, indices, step, partial(sample_judged, step / steps))
+                    rewarded, restarts = refilled(
+                        config, prompts, indices, step, partial(sample_judged, step / steps), shares
+                    )
                     rollouts = rewarded.rollouts
                 else:
                     rollouts, restarts = sample_from(drawn, **place), dict[str, float]()

@@ -218,3 +218,15 @@ def test_a_factor_that_leaves_no_room_for_a_refill_changes_nothing():
     sample = Sampler(varied=[])
     refilled(dynamic_config(1.2), PROMPTS, [0, 1, 2], 0, sample)
     assert len(sample.calls) == 1
+
+
+def test_refills_are_drawn_by_the_weights_of_the_datasets():
+    first = []
+    for step in range(500):
+        sampler = Sampler(varied=())
+        refilled(dynamic_config(2.0, groups=1), PROMPTS, [7], step, sampler, [(2, 9.0), (6, 1.0)])
+        [_, ([row], _)] = sampler.calls
+        assert row != 7
+        first.append(row < 2)
+    # 2 rows of weight 9 and 5 unused rows of weight 1
+    assert sum(first) / 500 == pytest.approx(18 / 23, abs=3 * (18 / 23 * 5 / 23 / 500) ** 0.5)
