@@ -11,7 +11,7 @@ set -euo pipefail
 place=$(mktemp -d)
 trap 'rm -rf "$place"' EXIT
 python3 -m venv "$place/env"
-"$place/env/bin/pip" install --quiet "torch==2.13.0" "transformers==5.24.0" "gguf==0.19.0"
+"$place/env/bin/pip" install --quiet "torch==2.13.0" "transformers==5.24.0" "gguf==0.19.0" "accelerate==1.15.0"
 cat > "$place/look.py" <<'PY'
 import sys
 from pathlib import Path

@@ -30,7 +30,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_real(a: argparse.Namespace) -> str:
-    """Makes the model and runs the parts; returns their tables."""
+    """Makes the model and runs the parts; returns their tables. Ends the program with a message if the folder of the
+    demo exists."""
+    if "demo" in a.parts and a.demo.exists():
+        sys.exit(f"--demo: {a.demo} exists already; name a new folder, for example: make demo-real REAL_OUT={a.demo}_2")
     from bench.real.model import smollm2
 
     model, tables = smollm2(a.cache), list[str]()

@@ -50,10 +50,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def run_demo(policy: str, out: Path, seed: int = 0) -> str:
-    """Trains and judges all methods; writes a folder for each, summary.json and report.html to `out`, which must be a
-    new folder; returns the table of results. `policy` is the folder of the pretrained model."""
-    if out.exists():
-        raise RuntimeError(f"out: {str(out)!r} exists already; name a new folder")
+    """Trains and judges all methods; writes a folder for each, summary.json and report.html to the new folder `out`;
+    returns the table of results. `policy` is the folder of the pretrained model."""
     out.mkdir(parents=True)
     rows = write_rows(make_rows(NUM_ROWS, seed), out / "posts.jsonl")
     folders, seconds, tokens = {START: policy}, {START: 0.0}, {START: 0}

@@ -19,3 +19,10 @@ def test_an_unknown_part_is_refused(capsys):
     with pytest.raises(SystemExit):
         make_parser().parse_args(["real", "parity", "unknown"])
     assert "invalid choice: 'unknown'" in capsys.readouterr().err
+
+
+def test_a_demo_never_writes_to_an_existing_folder(monkeypatch, tmp_path):
+    monkeypatch.setattr("bench.real.model.smollm2", lambda cache: pytest.fail("the model was made"))
+    a = make_parser().parse_args(["real", "demo", "--demo", str(tmp_path)])
+    with pytest.raises(SystemExit, match=r"^--demo: .* exists already; name a new folder, for example: make demo-real"):
+        command.run_real(a)
